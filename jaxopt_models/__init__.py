@@ -1,0 +1,2 @@
+"""Model optimization for JAX: quantize, measure, save, generate — pure functions over
+parameters."""

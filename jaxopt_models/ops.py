@@ -1,0 +1,103 @@
+"""The three ways a weight leaf is used: linear, expert linear, embedding lookup.
+
+The forward pass calls nothing else on weights, so a leaf kind that works here works everywhere.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models.numerics import Scales, from_grid
+from jaxopt_models.qtensor import QTensor, unpack
+
+
+def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None) -> jax.Array:
+    """`x @ weight.T + bias`, accumulated in float32.
+
+    Args:
+      x: activations, [..., K], in the compute dtype.
+      weight: leaf standing for [N, K].
+      bias: [N] or None.
+
+    Returns:
+      [..., N] in the dtype of `x`.
+    """
+    out = _product(x, weight, _dot)
+    if bias is not None:
+        out = out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
+    return out.astype(x.dtype)
+
+
+def expert_linear(x: jax.Array, weights: Any, group_sizes: jax.Array) -> jax.Array:
+    """Rows of `x` times the weight of the expert that each row belongs to.
+
+    Args:
+      x: [rows, K], sorted by expert.
+      weights: leaf standing for [E, N, K].
+      group_sizes: int32 [E], rows of each expert; sums to `rows`.
+
+    Returns:
+      [rows, N] in the dtype of `x`.
+    """
+
+    def dot(rows: jax.Array, experts: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(
+            rows, jnp.swapaxes(experts, 1, 2), group_sizes, preferred_element_type=jnp.float32
+        )
+
+    return _product(x, weights, dot).astype(x.dtype)
+
+
+def embed(tokens: jax.Array, weight: Any, dtype: Any) -> jax.Array:
+    """Rows of the table `weight` (standing for [V, D]) for token ids [...]: [..., D] in `dtype`."""
+    if isinstance(weight, QTensor):
+        return _quantized_rows(tokens, weight).astype(dtype)
+    return weight[tokens].astype(dtype)
+
+
+def _product(
+    x: jax.Array, weight: Any, dot: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """Dispatch on the leaf kind; `dot` contracts the last axes into float32.
+
+    Quantized leaves are dequantized and multiplied, which runs on every backend.
+    """
+    if not isinstance(weight, QTensor):
+        return dot(x, weight.astype(x.dtype))
+    if weight.pre_scale is not None:
+        x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    quantized = x if weight.input is None else weight.input(x)
+    out = dot(quantized, weight.dequantize(x.dtype))
+    if weight.low_rank is not None:
+        inner = dot(x, weight.low_rank.down.astype(x.dtype)).astype(x.dtype)
+        out = out + dot(inner, weight.low_rank.up.astype(x.dtype))
+    return out
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """[..., K] · [N, K] -> float32 [..., N]."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+
+
+def _quantized_rows(tokens: jax.Array, table: QTensor) -> jax.Array:
+    """Dequantizes only the rows that are looked up, float32."""
+    spec = table.spec
+    height = spec.tile(table.shape)[0]
+
+    def rows_of(values: jax.Array | None) -> jax.Array | None:
+        return None if values is None else values[tokens // height]
+
+    shared = table.global_scale
+    scales = Scales(
+        rows_of(table.scale),
+        None if shared is None else shared.reshape((1,) * (tokens.ndim + 1)),
+        rows_of(table.zero_point),
+    )
+    # A looked-up row is a tile row of its own, whatever the height of the table's tiles.
+    by_row = {"tensor": "channel", "block2d": "block"}.get(spec.granularity, spec.granularity)
+    grid = spec.element.decode(unpack(table.codes[tokens], spec, table.shape[-1]))
+    return from_grid(grid, scales, replace(spec, granularity=by_row))
