@@ -1,0 +1,112 @@
+"""Rotary embeddings and grouped-query attention."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxopt_models.models.config import Rope
+
+_QUERY_CHUNK = 1024
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Angular frequency of each rotated pair, float32 [head_dim / 2], in radians a position.
+
+    `theta^(-2i / d)` rescaled as `Rope` says.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
+    if rope.kind == "linear":
+        return (frequencies / rope.factor).astype(np.float32)
+    if rope.kind == "llama3":
+        return _llama3_frequencies(frequencies, rope).astype(np.float32)
+    return frequencies
+
+
+def _llama3_frequencies(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
+    """Long wavelengths divided by `factor`, short ones kept, a linear blend in between."""
+    turns = rope.original_max_position * frequencies / (2 * math.pi)
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (1 - blend) * frequencies / rope.factor + blend * frequencies
+
+
+def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
+    """Rotates pairs (i, i + d/2) of each head by `position * frequency_i` (Su et al. 2021).
+
+    Args:
+      x: queries or keys, [B, T, H, d].
+      positions: int32 [B, T].
+      rope: which frequencies.
+
+    Returns:
+      Array like `x`. Reference: arXiv:2104.09864.
+    """
+    frequencies = jnp.asarray(rope_frequencies(rope, x.shape[-1])).reshape(1, 1, 1, -1)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention, `softmax(scale · q kᵀ + mask) v`, scores in float32.
+
+    Query at position p sees keys at positions in (p - window, p]. Long queries are processed in
+    chunks, so that scores take [B, H, 1024, S] rather than [B, H, T, S].
+
+    Args:
+      query: [B, T, H, d].
+      key, value: [B, S, G, d], H a multiple of G.
+      query_positions: int32 [B, T].
+      key_positions: int32 [B, S]; a key that must not be seen has a position past every query's.
+      scale: factor on q·k.
+      window: number of keys a query sees, itself included; None is unlimited.
+      softcap: c of `c · tanh(scores / c)`; None is off.
+
+    Returns:
+      [B, T, H, d] in the dtype of `query`.
+    """
+
+    def chunk(q: jax.Array, positions: jax.Array) -> jax.Array:
+        return _attend(q, key, value, positions, key_positions, scale, window, softcap)
+
+    length = query.shape[1]
+    if length <= _QUERY_CHUNK:
+        return chunk(query, query_positions)
+    pieces = range(0, length, _QUERY_CHUNK)
+    parts = [
+        chunk(query[:, i : i + _QUERY_CHUNK], query_positions[:, i : i + _QUERY_CHUNK])
+        for i in pieces
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):
+    batch, length, heads, dim = query.shape
+    groups = key.shape[2]
+    grouped = query.reshape(batch, length, groups, heads // groups, dim)
+    scores = jnp.einsum(
+        "btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32
+    ) * jnp.float32(scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    q, k = query_positions[:, :, None], key_positions[:, None, :]
+    visible = k <= q if window is None else (k <= q) & (k > q - window)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bghts,bsgd->btghd", weights, value, preferred_element_type=jnp.float32)
+    return mixed.astype(query.dtype).reshape(batch, length, heads, dim)

@@ -1,0 +1,171 @@
+"""One decoder layer, jitted once for each kind of layer."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models.models.attention import attend, rotate
+from jaxopt_models.models.cache import LayerCache
+from jaxopt_models.models.config import AttentionKind, ModelConfig
+from jaxopt_models.models.moe import moe_feed_forward
+from jaxopt_models.ops import linear
+
+Save = Callable[[str, jax.Array], None]
+
+
+class Recorder:
+    """Collects intermediate activations by name while a function is traced.
+
+    `wanted` holds the names to keep; None keeps all.
+    """
+
+    def __init__(self, wanted: frozenset[str] | None):
+        self.wanted = wanted
+        self.values: dict[str, jax.Array] = {}
+
+    def __call__(self, name: str, value: jax.Array) -> None:
+        if self.wanted is None or name in self.wanted:
+            self.values[name] = value
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, unit_offset: bool = False) -> jax.Array:
+    """`x / sqrt(mean(x²) + eps) · w` over the last axis, or `· (1 + w)`; float32 inside.
+
+    Reference: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    x32, w32 = x.astype(jnp.float32), weight.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    w32 = (1.0 + w32 if unit_offset else w32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * scale * w32).astype(x.dtype)
+
+
+@partial(jax.jit, static_argnames=("config", "kind", "wanted"))
+def block(
+    config: ModelConfig,
+    layer: Mapping[str, Any],
+    x: jax.Array,
+    positions: jax.Array,
+    cache: LayerCache | None = None,
+    *,
+    kind: AttentionKind,
+    wanted: frozenset[str] | None = frozenset(),
+) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """Attention and feed-forward with residual connections.
+
+    Called outside jit it compiles once for each kind of layer and runs layer by layer; inside jit
+    it is inlined.
+
+    Args:
+      layer: weights of this layer.
+      x: residual stream, [B, T, D].
+      positions: int32 [B, T].
+      cache: keys and values of earlier positions, to which this call's are appended; None attends
+        among the given positions only.
+      kind: "full" or "sliding" attention; static.
+      wanted: names of the taps to return, relative to the layer; static, None is all.
+
+    Returns:
+      (residual stream after the layer, cache, taps by name).
+    """
+    save = Recorder(wanted)
+    save("input", x)
+    norm = partial(_norm, config, layer, save)
+
+    attended, cache = _attention(
+        config, layer["self_attn"], norm("input_layernorm", x), positions, cache, kind, save
+    )
+    if config.sandwich_norm:
+        x = x + norm("post_attention_layernorm", attended)
+        fed = _feed_forward(config, layer["mlp"], norm("pre_feedforward_layernorm", x), save)
+        x = x + norm("post_feedforward_layernorm", fed)
+    else:
+        x = x + attended
+        x = x + _feed_forward(config, layer["mlp"], norm("post_attention_layernorm", x), save)
+    save("output", x)
+    return x, cache, save.values
+
+
+def _norm(config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, x: jax.Array):
+    out = rms_norm(x, layer[name]["weight"], config.rms_norm_eps, config.unit_offset_norm)
+    save(f"{name}/output", out)
+    return out
+
+
+def _linear(modules: Mapping[str, Any], prefix: str, name: str, x: jax.Array, save: Save):
+    save(f"{prefix}/{name}/input", x)
+    module = modules[name]
+    return linear(x, module["weight"], module.get("bias"))
+
+
+def _attention(
+    config: ModelConfig,
+    weights: Mapping[str, Any],
+    x: jax.Array,
+    positions: jax.Array,
+    cache: LayerCache | None,
+    kind: AttentionKind,
+    save: Save,
+) -> tuple[jax.Array, LayerCache | None]:
+    batch, length, _ = x.shape
+    project = partial(_linear, weights, "self_attn", x=x, save=save)
+
+    def heads(name: str) -> jax.Array:
+        return project(name).reshape(batch, length, -1, config.head_dim)
+
+    query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    if config.qk_norm:
+        eps, offset = config.rms_norm_eps, config.unit_offset_norm
+        query = rms_norm(query, weights["q_norm"]["weight"], eps, offset)
+        key = rms_norm(key, weights["k_norm"]["weight"], eps, offset)
+    rope = config.rope if kind == "full" else config.local_rope
+    query, key = rotate(query, positions, rope), rotate(key, positions, rope)
+    save("self_attn/query", query)
+    save("self_attn/key", key)
+    save("self_attn/value", value)
+
+    key_positions = positions
+    if cache is not None:
+        cache = cache.append(key, value, positions)
+        key, value = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+        slots = jnp.arange(key.shape[1], dtype=positions.dtype)
+        key_positions = jnp.broadcast_to(slots, (batch, key.shape[1]))
+    mixed = attend(
+        query,
+        key,
+        value,
+        positions,
+        key_positions,
+        scale=config.query_scale,
+        window=config.sliding_window if kind == "sliding" else None,
+        softcap=config.attention_softcap,
+    )
+    mixed = mixed.reshape(batch, length, -1)
+    return _linear(weights, "self_attn", "o_proj", mixed, save), cache
+
+
+def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, save: Save):
+    """`down(activate(gate x) · up x)`, of one dense network or of each token's experts."""
+    activate = jax.nn.silu if config.activation == "silu" else _gelu_tanh
+    if "experts" in mlp:
+
+        def save_below(name: str, value: jax.Array) -> None:
+            save(f"mlp/{name}", value)
+
+        return moe_feed_forward(
+            x,
+            mlp,
+            activate,
+            experts_per_token=config.experts_per_token,
+            normalize=config.normalize_router,
+            save=save_below,
+        )
+    gate = _linear(mlp, "mlp", "gate_proj", x, save)
+    up = _linear(mlp, "mlp", "up_proj", x, save)
+    return _linear(mlp, "mlp", "down_proj", activate(gate) * up, save)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)

@@ -1,0 +1,237 @@
+"""The decoder as pure functions: parameters, forward, prefill, decode step, taps.
+
+Parameters are nested dicts with Hugging Face's names; linear weights are [N, K] = (out, in):
+
+    embed_tokens/weight [V, D]    norm/weight [D]    lm_head/weight [V, D] (absent when tied)
+    layers: tuple of {input_layernorm, post_attention_layernorm, (Gemma: pre_feedforward_layernorm,
+                      post_feedforward_layernorm), self_attn: {q_proj, k_proj, v_proj, o_proj,
+                      (q_norm, k_norm)}, mlp: {gate_proj, up_proj, down_proj}
+                      or {router, experts: {gate_proj, up_proj, down_proj} stacked [E, N, K]}}
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models import tree
+from jaxopt_models.errors import UserError
+from jaxopt_models.models.block import block, rms_norm
+from jaxopt_models.models.cache import KVCache
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.ops import embed, linear
+
+_NO_TAPS: frozenset[str] = frozenset()
+
+
+def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
+    """Shapes of a model's parameters: the tree above with `jax.ShapeDtypeStruct` leaves."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def module(out: int, width: int, bias: bool) -> dict[str, Any]:
+        return {"weight": array(out, width)} | ({"bias": array(out)} if bias else {})
+
+    params = {
+        "embed_tokens": {"weight": array(config.vocab_size, config.hidden_size)},
+        "layers": tuple(_abstract_layer(config, i, module) for i in range(config.num_layers)),
+        "norm": {"weight": array(config.hidden_size)},
+    }
+    if not config.tie_word_embeddings:
+        params["lm_head"] = module(config.vocab_size, config.hidden_size, False)
+    return params
+
+
+def _abstract_layer(config: ModelConfig, index: int, module: Any) -> dict[str, Any]:
+    width, dim = config.hidden_size, config.head_dim
+    queries, keys = config.num_heads * dim, config.num_kv_heads * dim
+    array = module(1, 1, False)["weight"]
+
+    def vector(size: int) -> dict[str, Any]:
+        return {"weight": jax.ShapeDtypeStruct((size,), array.dtype)}
+
+    def stacked(out: int, inner: int) -> dict[str, Any]:
+        return {"weight": jax.ShapeDtypeStruct((config.num_experts, out, inner), array.dtype)}
+
+    attention = {
+        "q_proj": module(queries, width, config.qkv_bias),
+        "k_proj": module(keys, width, config.qkv_bias),
+        "v_proj": module(keys, width, config.qkv_bias),
+        "o_proj": module(width, queries, config.o_bias),
+    }
+    if config.qk_norm:
+        attention |= {"q_norm": vector(dim), "k_norm": vector(dim)}
+    if index in config.moe_layers:
+        size = config.expert_size
+        experts = {"gate_proj": stacked(size, width), "up_proj": stacked(size, width)}
+        experts["down_proj"] = stacked(width, size)
+        mlp = {"router": module(config.num_experts, width, False), "experts": experts}
+    else:
+        size = config.intermediate_size
+        mlp = {
+            "gate_proj": module(size, width, config.mlp_bias),
+            "up_proj": module(size, width, config.mlp_bias),
+            "down_proj": module(width, size, config.mlp_bias),
+        }
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if config.sandwich_norm:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    return {name: vector(width) for name in norms} | {"self_attn": attention, "mlp": mlp}
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Any:
+    """Random parameters: matrices N(0, 1/K), embeddings N(0, 0.02²), norms identity, biases
+    zero."""
+
+    def leaf(path: str, shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if "norm" in path:
+            return jnp.full(shape.shape, 0.0 if config.unit_offset_norm else 1.0, dtype)
+        if path.endswith("bias"):
+            return jnp.zeros(shape.shape, dtype)
+        scale = 0.02 if path.startswith("embed") else shape.shape[-1] ** -0.5
+        # Keyed by path, so that a tensor's values do not depend on which others exist.
+        own = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(path)) % 2**31)
+        return (jax.random.normal(own, shape.shape, jnp.float32) * scale).astype(dtype)
+
+    return tree.map_with_path(leaf, abstract_params(config, dtype))
+
+
+def forward(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """Next-token logits.
+
+    Args:
+      config: static architecture.
+      params: parameter tree; leaves may be of any kind.
+      tokens: int32 [B, T], positions 0..T-1.
+
+    Returns:
+      float32 [B, T, V].
+    """
+    return logits(config, params, hidden_states(config, params, tokens))
+
+
+def hidden_states(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """What the output head reads: the residual stream after the final norm, [B, T, D]."""
+    x, positions = embed_tokens(config, params, tokens), _positions(tokens)
+    for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
+        x, _, _ = block(config, layer, x, positions, kind=kind)
+    return final_norm(config, params, x)
+
+
+def forward_with_taps(
+    config: ModelConfig, params: Any, tokens: jax.Array, taps: Iterable[str]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`forward` that also returns intermediate activations.
+
+    Args:
+      taps: names or globs of names. For layer i: "layers/i/input", "layers/i/output" (the residual
+        stream), ".../{norm}/output", ".../self_attn/{q,k,v,o}_proj/input", ".../self_attn/query",
+        "key", "value" (after rotary embedding), ".../mlp/{gate,up,down}_proj/input", for experts
+        ".../mlp/experts/{...}/input" with ".../mlp/experts/group_sizes", ".../mlp/router/input" and
+        "output"; and "embed_tokens/output", "norm/output", "logits".
+
+    Returns:
+      (logits, activations by name).
+
+    Raises:
+      UserError: for a tap that names nothing.
+    """
+    wanted = _matching_taps(config, params, tokens, tuple(taps))
+    x, positions = embed_tokens(config, params, tokens), _positions(tokens)
+    saved = {"embed_tokens/output": x}
+    for i, (kind, layer) in enumerate(zip(config.attention_kinds, params["layers"], strict=True)):
+        prefix = f"layers/{i}/"
+        inside = frozenset(t.removeprefix(prefix) for t in wanted if t.startswith(prefix))
+        x, _, values = block(config, layer, x, positions, kind=kind, wanted=inside)
+        saved |= {prefix + name: value for name, value in values.items()}
+    saved["norm/output"] = final_norm(config, params, x)
+    saved["logits"] = logits(config, params, saved["norm/output"])
+    return saved["logits"], {name: saved[name] for name in sorted(wanted)}
+
+
+def _matching_taps(
+    config: ModelConfig, params: Any, tokens: jax.Array, patterns: tuple[str, ...]
+) -> set[str]:
+    names = {"embed_tokens/output", "norm/output", "logits"}
+    x = jax.eval_shape(lambda p: embed_tokens(config, p, tokens), params)
+    for i, (kind, layer) in enumerate(zip(config.attention_kinds, params["layers"], strict=True)):
+
+        def trace(layer: Any, x: jax.Array, kind=kind) -> Any:
+            return block(config, layer, x, _positions(tokens), kind=kind, wanted=None)[2]
+
+        names |= {f"layers/{i}/{name}" for name in jax.eval_shape(trace, layer, x)}
+    for pattern in patterns:
+        if not any(tree.matches(name, pattern) for name in names):
+            raise UserError(f"tap {pattern!r} names no activation of this model")
+    return {name for name in names if tree.matches(name, patterns)}
+
+
+def prefill(
+    config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Runs prompts and fills the cache with their keys and values.
+
+    Args:
+      tokens: int32 [B, T], padded on the right; what stands behind a prompt does not matter.
+      lengths: int32 [B], tokens of each prompt, at least 1.
+      cache: from `cache.empty_cache`, capacity at least T.
+
+    Returns:
+      (float32 [B, V] logits after each prompt's last token, cache).
+    """
+    x, cache = _cached(config, params, tokens, _positions(tokens), cache)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
+    return logits(config, params, final_norm(config, params, last))[:, 0], cache
+
+
+def decode_step(
+    config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    """Continues each row by N given tokens.
+
+    Args:
+      tokens: int32 [B, N].
+      positions: int32 [B, N]; rows may stand at different positions. Keys and values are written at
+        these slots; one past the capacity is dropped.
+      cache: holds every earlier position of each row.
+
+    Returns:
+      (float32 [B, N, V] logits after each token, cache).
+    """
+    x, cache = _cached(config, params, tokens, positions, cache)
+    return logits(config, params, final_norm(config, params, x)), cache
+
+
+def embed_tokens(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    """First residual stream, [B, T, D] in the compute dtype."""
+    x = embed(tokens, params["embed_tokens"]["weight"], config.dtype)
+    return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, config.dtype)
+
+
+def final_norm(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
+    """The norm before the output head."""
+    return rms_norm(x, params["norm"]["weight"], config.rms_norm_eps, config.unit_offset_norm)
+
+
+def logits(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
+    """Output head on normed hidden states [..., D]: float32 [..., V], soft cap included."""
+    head = params.get("lm_head", params["embed_tokens"])["weight"]
+    out = linear(hidden, head).astype(jnp.float32)
+    cap = config.final_softcap
+    return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def _cached(
+    config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array, cache: KVCache
+) -> tuple[jax.Array, KVCache]:
+    x, layers = embed_tokens(config, params, tokens), []
+    for kind, layer, entry in zip(config.attention_kinds, params["layers"], cache, strict=True):
+        x, entry, _ = block(config, layer, x, positions, entry, kind=kind)
+        layers.append(entry)
+    return x, tuple(layers)
+
+
+def _positions(tokens: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
