@@ -217,8 +217,8 @@ def final_norm(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
 
 def logits(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
     """Output head on normed hidden states [..., D]: float32 [..., V], soft cap included."""
-    head = params.get("lm_head", params["embed_tokens"])["weight"]
-    out = linear(hidden, head).astype(jnp.float32)
+    head = params["lm_head" if "lm_head" in params else "embed_tokens"]
+    out = linear(hidden, head["weight"]).astype(jnp.float32)
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 
