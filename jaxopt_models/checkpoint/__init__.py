@@ -1,0 +1,1 @@
+"""Model files: Hugging Face directories, GGUF files and this library's own checkpoints."""
