@@ -1,0 +1,1 @@
+"""Post-training quantization: recipes, algorithms and the driver that applies them."""
