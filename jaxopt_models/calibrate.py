@@ -4,7 +4,7 @@ Only the residual stream of the calibration text is kept, [tokens, D]; each laye
 all batches before the next is looked at, and is compiled once for each kind of layer.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import block
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import embed_tokens, final_norm
-
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
-    """The progress display that shows nothing."""
-    return items
+from jaxopt_models.progress import Progress, silent
 
 
 def input_amax(

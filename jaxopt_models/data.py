@@ -15,7 +15,7 @@ import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_models.builtin_text import Split, builtin_text
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.model import Model
 
 _HF_SPLITS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
 
@@ -228,3 +229,29 @@ def _read_hub(source: str, split: Split) -> str:
             "write the column you want to a text file and name that."
         )
     return "\n\n".join(text or "" for text in rows["text"])
+
+
+def tokenizer_of(model: Model) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+      UserError: if it was loaded without one.
+    """
+    if model.tokenizer is None:
+        raise UserError(
+            f"{model.source} has no tokenizer beside its weights; add its tokenizer files"
+        )
+    return model.tokenizer
+
+
+def token_batches(
+    model: Model, text: str, count: int, length: int, batch_size: int
+) -> list[np.ndarray]:
+    """The whole protocol: text to `count` windows of `length` ids in batches.
+
+    Windows begin with the beginning-of-sequence id where the tokenizer puts one before a text.
+    """
+    tokenizer = tokenizer_of(model)
+    first = tokenizer.encode("a", add_special_tokens=True)[0]
+    bos = first if first == tokenizer.bos_token_id else None
+    return batches(windows(tokenize(tokenizer, text), count, length, bos), batch_size)

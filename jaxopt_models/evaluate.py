@@ -17,6 +17,7 @@ from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states, logits
+from jaxopt_models.progress import Progress, silent
 
 # Positions whose logits exist at one time: 256 x 262144 float32 are 256 MiB.
 _POSITIONS = 256
@@ -56,31 +57,40 @@ class Reference:
     models to it runs it once. Takes 4·D bytes a token on the host.
     """
 
+    config: ModelConfig
     params: Any
     batches: tuple[np.ndarray, ...]
     hidden: tuple[np.ndarray, ...]
 
 
-def reference(config: ModelConfig, params: Any, batches: Iterable[jax.Array]) -> Reference:
+def reference(
+    config: ModelConfig, params: Any, batches: Iterable[Any], progress: Progress = silent
+) -> Reference:
     """Runs the reference model once; the result goes into `evaluate(..., reference=...)`."""
     tokens = _checked(config, batches)
-    hidden = tuple(np.asarray(hidden_states(config, params, batch)) for batch in tokens)
-    return Reference(params, tuple(np.asarray(batch) for batch in tokens), hidden)
+    hidden = tuple(
+        np.asarray(hidden_states(config, params, batch))
+        for batch in progress(tokens, "running the reference")
+    )
+    return Reference(config, params, tuple(np.asarray(batch) for batch in tokens), hidden)
 
 
 def evaluate(
     config: ModelConfig,
     params: Any,
-    batches: Iterable[jax.Array],
+    batches: Iterable[Any],
     reference: Any = None,
+    progress: Progress = silent,
 ) -> Metrics:
     """Measures a model on token batches, against a reference model if one is given.
 
     Args:
-      config: architecture of both models.
+      config: architecture of the model.
       params: the model; leaves may be of any kind.
       batches: int32 [B, L] arrays, L at least 2; see `data.windows` for the protocol.
-      reference: parameters of the original model, or `reference(config, params, batches)` of them.
+      reference: parameters of the original model, of the same architecture, or what `reference()`
+        made of them on the same batches.
+      progress: wraps the loop over batches, as `tqdm` would.
 
     Returns:
       `Metrics`.
@@ -90,16 +100,16 @@ def evaluate(
         made of other batches, or when logits are not finite.
     """
     tokens = _checked(config, batches)
-    known = _known_hidden(reference, tokens)
-    teacher = reference.params if isinstance(reference, Reference) else reference
+    teacher, known = _teacher(config, reference, tokens)
     totals = np.zeros(3, np.float64)
-    for i, batch in enumerate(tokens):
-        hidden = hidden_states(config, params, batch)
+    for i, batch in progress(list(enumerate(tokens)), "evaluating"):
+        student = (_head(params), hidden_states(config, params, batch))
         if teacher is None:
-            sums = _sums(config, params, hidden, None, None, batch)
+            sums = _sums(config, None, student, None, batch)
         else:
-            expected = known[i] if known else hidden_states(config, teacher, batch)
-            sums = _sums(config, params, hidden, teacher, expected, batch)
+            its_config, its_params = teacher
+            hidden = known[i] if known else hidden_states(its_config, its_params, batch)
+            sums = _sums(config, its_config, student, (_head(its_params), hidden), batch)
         totals += np.asarray(sums, np.float64)
     positions = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in tokens)
     nll, kl, same = (float(total) / positions for total in totals)
@@ -118,47 +128,42 @@ def evaluate(
     )
 
 
+@partial(jax.jit, static_argnums=(0, 1))
 def _sums(
-    config: ModelConfig, params: Any, hidden: Any, teacher: Any, expected: Any, tokens: Any
+    config: ModelConfig,
+    teacher_config: ModelConfig | None,
+    student: tuple[Any, Any],
+    teacher: tuple[Any, Any] | None,
+    tokens: jax.Array,
 ) -> jax.Array:
-    head = _head(params)
-    other = None if teacher is None else _head(teacher)
-    return _head_sums(config, head, hidden, other, expected, tokens)
+    """Sums of (nll, KL, agreement) over predicted positions, float32 [3].
 
-
-@partial(jax.jit, static_argnums=0)
-def _head_sums(
-    config: ModelConfig, head: Any, hidden: Any, teacher: Any, expected: Any, tokens: Any
-) -> jax.Array:
-    """Sums of (nll, KL, agreement) over predicted positions: float32 [3].
-
-    The head runs on `_POSITIONS` positions at a time, so that [B, L, V] never exists.
+    `student` and `teacher` are (output head, hidden states [B, L, D]). The heads run on
+    `_POSITIONS` positions at a time, so that [B, L, V] never exists.
     """
-    width = hidden.shape[-1]
-    inputs = [hidden[:, :-1].reshape(-1, width), tokens[:, 1:].reshape(-1)]
-    if teacher is not None:
-        inputs.append(expected[:, :-1].reshape(-1, width))
-    count = inputs[1].shape[0]
+    count = tokens.shape[0] * (tokens.shape[1] - 1)
     size = min(_POSITIONS, count)
     padded = -(-count // size) * size
 
     def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, padded - count)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+        flat = x.reshape(count, *x.shape[2:])
+        flat = jnp.pad(flat, [(0, padded - count)] + [(0, 0)] * (flat.ndim - 1))
+        return flat.reshape(-1, size, *flat.shape[1:])
 
     def one(chunk: tuple[Any, ...]) -> jax.Array:
-        real, states, target, *rest = chunk
-        log_q = jax.nn.log_softmax(logits(config, head, states))
+        real, target, states, *expected = chunk
+        log_q = jax.nn.log_softmax(logits(config, student[0], states))
         nll = -jnp.take_along_axis(log_q, target[:, None], axis=1)[:, 0]
-        if teacher is None:
-            return jnp.stack([jnp.sum(jnp.where(real, nll, 0.0)), jnp.float32(0), jnp.float32(0)])
-        log_p = jax.nn.log_softmax(logits(config, teacher, rest[0]))
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        same = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
-        return jnp.sum(jnp.where(real, jnp.stack([nll, kl, same]), 0.0), axis=1)
+        kl = same = jnp.zeros_like(nll)
+        if teacher is not None and teacher_config is not None:
+            log_p = jax.nn.log_softmax(logits(teacher_config, teacher[0], expected[0]))
+            kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+            same = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
+        return jnp.sum(jnp.where(real[None], jnp.stack([nll, kl, same]), 0.0), axis=1)
 
     real = (jnp.arange(padded) < count).reshape(-1, size)
-    return jnp.sum(jax.lax.map(one, (real, *(chunks(x) for x in inputs))), axis=0)
+    inputs = [tokens[:, 1:], student[1][:, :-1]] + ([teacher[1][:, :-1]] if teacher else [])
+    return jnp.sum(jax.lax.map(one, (real, *map(chunks, inputs))), axis=0)
 
 
 def _head(params: Any) -> dict[str, Any]:
@@ -167,18 +172,26 @@ def _head(params: Any) -> dict[str, Any]:
     return {name: params[name]}
 
 
-def _known_hidden(reference: Any, tokens: Sequence[jax.Array]) -> tuple[np.ndarray, ...] | None:
+def _teacher(
+    config: ModelConfig, reference: Any, tokens: Sequence[jax.Array]
+) -> tuple[tuple[ModelConfig, Any] | None, tuple[np.ndarray, ...]]:
+    """((config, params) of the reference or None, its hidden states where they are known)."""
     if not isinstance(reference, Reference):
-        return None
+        return (None if reference is None else (config, reference)), ()
     same = len(reference.batches) == len(tokens) and all(
         np.array_equal(a, np.asarray(b)) for a, b in zip(reference.batches, tokens, strict=True)
     )
     if not same:
         raise UserError("the reference was run on other batches; run reference() on these")
-    return reference.hidden
+    if reference.config.vocab_size != config.vocab_size:
+        raise UserError(
+            f"the reference has {reference.config.vocab_size} tokens in its vocabulary, the model "
+            f"{config.vocab_size}; compare models that share a tokenizer"
+        )
+    return (reference.config, reference.params), reference.hidden
 
 
-def _checked(config: ModelConfig, batches: Iterable[jax.Array]) -> list[jax.Array]:
+def _checked(config: ModelConfig, batches: Iterable[Any]) -> list[jax.Array]:
     tokens = [jnp.asarray(batch, jnp.int32) for batch in batches]
     if not tokens:
         raise UserError("there is nothing to evaluate on: no batches were given")

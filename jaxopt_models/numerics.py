@@ -6,7 +6,9 @@
 
 Fake quantization, packing, dequantization, kernels and export are all made of these three. All
 arithmetic is float32. Inputs smaller than 2^-126 in magnitude (float32 subnormals) count as zero on
-every backend, since some flush them and some do not. A NaN or an infinity makes every value that
+every backend, since some flush them and some do not. Scales and their reciprocals pass an
+`optimization_barrier`, so that a compiler neither moves rounding between them and what they scale
+nor computes them once for each value. A NaN or an infinity makes every value that
 shares a scale with it NaN; `qtensor.quantize_array` refuses them outside jit.
 """
 
@@ -18,10 +20,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from jaxopt_models.division import divide
 from jaxopt_models.elements import E4M3, exponent_of, power_of_two
 from jaxopt_models.formats import QuantSpec
 
 _TINY = 2.0**-126  # smallest normal float32
+_SLACK = 1 + 2.0**-21
 
 
 @struct.dataclass
@@ -100,21 +104,23 @@ def scales_from_amax(tiles: jax.Array, spec: QuantSpec, overall: jax.Array | Non
         largest of `tiles`.
     """
     largest = spec.element.largest
+    # An infinite scale would leave some values finite; NaN spreads to all.
+    tiles = jnp.where(jnp.isfinite(tiles), tiles, jnp.nan)
     if spec.two_level:
         overall = jnp.max(tiles, keepdims=True) if overall is None else overall
         # 2^-117 keeps block · global a normal float32 down to the smallest block scale, 2^-9.
-        raw = jnp.maximum(_divide(overall, largest * E4M3.largest), 2.0**-117)
+        raw = jnp.maximum(divide(overall, largest * E4M3.largest), 2.0**-117)
         global_scale = lax.optimization_barrier(jnp.where(overall == 0, 1.0, raw))
-        block = E4M3.round(jnp.clip(_divide(tiles, largest * global_scale), 2.0**-9, E4M3.largest))
+        block = E4M3.round(jnp.clip(divide(tiles, largest * global_scale), 2.0**-9, E4M3.largest))
         return Scales(E4M3.encode(jnp.where(tiles == 0, 1.0, block)), global_scale)
     if spec.scale_dtype == "float8_e8m0fnu":
         return Scales(_to_e8m0(jnp.where(tiles == 0, 0, _mx_exponent(tiles, spec))))
-    raw = jnp.where(tiles == 0, 1.0, jnp.maximum(_divide(tiles, largest), _TINY))
+    raw = jnp.where(tiles == 0, 1.0, jnp.maximum(divide(tiles, largest), _TINY))
     scale = lax.optimization_barrier(_round_scale(raw, spec.scale_dtype))
     if spec.scale_dtype != "float32":
         return Scales(scale)
     safe = tiles > 2.0**-110  # below, the quotient could overflow
-    inverse = jnp.where(safe, largest / jnp.where(safe, tiles, 1.0), 1.0 / scale)
+    inverse = jnp.where(safe, divide(largest, jnp.where(safe, tiles, 1.0)), divide(1.0, scale))
     return Scales(scale, inverse=lax.optimization_barrier(inverse))
 
 
@@ -149,10 +155,10 @@ def _asymmetric_scales(x: jax.Array, tile: tuple[int, ...], spec: QuantSpec) -> 
     low = jnp.minimum(tile_reduce(x, tile, jnp.min), 0.0)
     high = jnp.maximum(tile_reduce(x, tile, jnp.max), 0.0)
     bottom = spec.element.lowest
-    raw = jnp.maximum(_divide(high, 15.0) - _divide(low, 15.0), _TINY)
-    raw = jnp.where(high == low, 1.0, raw)
+    raw = jnp.maximum(divide(high, 15.0) - divide(low, 15.0), _TINY)
+    raw = jnp.where(high == low, 1.0, jnp.where(jnp.isfinite(raw), raw, jnp.nan))
     scale = lax.optimization_barrier(_round_scale(raw, spec.scale_dtype))
-    zero = spec.element.round(bottom - jnp.round(low / scale.astype(jnp.float32)))
+    zero = spec.element.round(bottom - jnp.round(divide(low, scale.astype(jnp.float32))))
     return Scales(scale, None, jnp.where(high == low, 0.0, zero).astype(jnp.int8))
 
 
@@ -160,17 +166,8 @@ def _scaled(x: jax.Array, scales: Scales, spec: QuantSpec) -> jax.Array:
     """`x / scale`, float32, before rounding: a product with the reciprocal, one a tile."""
     inverse = scales.inverse
     if inverse is None:
-        inverse = lax.optimization_barrier(1.0 / real_scale(scales, spec))
+        inverse = lax.optimization_barrier(divide(1.0, real_scale(scales, spec)))
     return x * tile_expand(inverse, spec.tile(x.shape), x.shape)
-
-
-def _divide(x: jax.Array, divisor: jax.Array | float) -> jax.Array:
-    """True division. By a constant or a broadcast XLA would multiply with the reciprocal instead.
-
-    For the like reason scales pass an `optimization_barrier`: under jit, x / (a / b) would become
-    x · b / a, and results would depend on what is compiled together.
-    """
-    return x / lax.optimization_barrier(jnp.broadcast_to(jnp.float32(divisor), x.shape))
 
 
 def _round_scale(scale: jax.Array, dtype: str) -> jax.Array:
@@ -187,13 +184,15 @@ def _round_scale(scale: jax.Array, dtype: str) -> jax.Array:
 def _mx_exponent(amax: jax.Array, spec: QuantSpec) -> jax.Array:
     """Exponent of an E8M0 scale by comparing mantissas: exact where log2 in float32 is not.
 
-    The range ends at 2^-126: 2^-127 would be a float32 subnormal, which some backends flush.
+    The range ends below at 2^-126, since 2^-127 would be a float32 subnormal, which some backends
+    flush, and above where the largest grid value is the last finite one: an amax beyond saturates.
     """
-    fraction, exponent = math.frexp(spec.element.largest)
-    k = exponent_of(amax) - (exponent - 1)
+    largest = spec.element.largest
+    offset = math.frexp(largest)[1] - 1
+    k = jnp.clip(exponent_of(amax) - offset, -126, 127 - offset)
     if spec.mx_rule == "ceil":
-        k = k + (amax * power_of_two(-exponent_of(amax)) > 2 * fraction).astype(jnp.int32)
-    return jnp.where(jnp.isfinite(amax), jnp.clip(k, -126, 127), 128)  # 128 is E8M0's NaN
+        k = jnp.minimum(k + (amax > largest * power_of_two(k)).astype(jnp.int32), 127 - offset)
+    return jnp.where(jnp.isfinite(amax), k, 128)  # 128 is E8M0's NaN
 
 
 def _to_e8m0(exponent: jax.Array) -> jax.Array:
@@ -212,9 +211,12 @@ def _normal_f32(x: jax.Array) -> jax.Array:
 
 
 def representable(x: jax.Array, scales: Scales, spec: QuantSpec) -> jax.Array:
-    """Where `x` lies between the smallest and the largest grid value; boolean of x's shape."""
+    """Where `x` lies between the smallest and the largest grid value; boolean of x's shape.
+
+    The slack is for the rounding of `x / scale`, which may carry the amax itself past the end.
+    """
     element, tile = spec.element, spec.tile(x.shape)
     y = _scaled(_normal_f32(x), scales, spec)
     if scales.zero_point is not None:
         y = y + tile_expand(scales.zero_point.astype(jnp.float32), tile, x.shape)
-    return (y >= element.lowest) & (y <= element.largest)
+    return (y >= element.lowest * _SLACK) & (y <= element.largest * _SLACK)

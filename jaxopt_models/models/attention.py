@@ -70,7 +70,7 @@ def attend(
 
     Args:
       query: [B, T, H, d].
-      key, value: [B, S, G, d], H a multiple of G.
+      key, value: [B, G, S, d], H a multiple of G.
       query_positions: int32 [B, T].
       key_positions: int32 [B, S]; a key that must not be seen has a position past every query's.
       scale: factor on q·k.
@@ -97,10 +97,10 @@ def attend(
 
 def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):
     batch, length, heads, dim = query.shape
-    groups = key.shape[2]
+    groups = key.shape[1]
     grouped = query.reshape(batch, length, groups, heads // groups, dim)
     scores = jnp.einsum(
-        "btghd,bsgd->bghts", grouped, key, preferred_element_type=jnp.float32
+        "btghd,bgsd->bghts", grouped, key, preferred_element_type=jnp.float32
     ) * jnp.float32(scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -108,5 +108,5 @@ def _attend(query, key, value, query_positions, key_positions, scale, window, so
     visible = k <= q if window is None else (k <= q) & (k > q - window)
     scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bghts,bsgd->btghd", weights, value, preferred_element_type=jnp.float32)
+    mixed = jnp.einsum("bghts,bgsd->btghd", weights, value, preferred_element_type=jnp.float32)
     return mixed.astype(query.dtype).reshape(batch, length, heads, dim)

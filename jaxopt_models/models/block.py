@@ -126,12 +126,13 @@ def _attention(
     save("self_attn/key", key)
     save("self_attn/value", value)
 
-    key_positions = positions
-    if cache is not None:
+    if cache is None:
+        key, value, key_positions = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), positions
+    else:
         cache = cache.append(key, value, positions)
         key, value = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-        slots = jnp.arange(key.shape[1], dtype=positions.dtype)
-        key_positions = jnp.broadcast_to(slots, (batch, key.shape[1]))
+        slots = jnp.arange(key.shape[2], dtype=positions.dtype)
+        key_positions = jnp.broadcast_to(slots, (batch, key.shape[2]))
     mixed = attend(
         query,
         key,

@@ -17,7 +17,11 @@ from jaxopt_models.tree import size_in_bits
 
 @struct.dataclass
 class LayerCache:
-    """Keys (after rotary embedding) and values of one layer, each [B, S, G, d]."""
+    """Keys (after rotary embedding) and values of one layer, each [B, G, S, d].
+
+    Heads before slots, since batched products want it so: otherwise each step would transpose a
+    copy.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -29,8 +33,8 @@ class LayerCache:
         """
         rows = jnp.arange(slots.shape[0])[:, None]
         return LayerCache(
-            self.keys.at[rows, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, slots].set(values.astype(self.values.dtype), mode="drop"),
+            self.keys.at[rows, :, slots].set(keys.astype(self.keys.dtype), mode="drop"),
+            self.values.at[rows, :, slots].set(values.astype(self.values.dtype), mode="drop"),
         )
 
 
@@ -49,7 +53,7 @@ def empty_cache(
     def layer(weights: Any) -> LayerCache:
         groups = weights["self_attn"]["k_proj"]["weight"].shape[0] // config.head_dim
         # Two calls: donated buffers must not alias.
-        shape = (batch, capacity, groups, config.head_dim)
+        shape = (batch, groups, capacity, config.head_dim)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     return tuple(layer(weights) for weights in params["layers"])

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_models import tree
-from jaxopt_models.calibrate import Progress, input_amax, silent
+from jaxopt_models.calibrate import input_amax
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.model import Model
+from jaxopt_models.progress import Progress, silent
 from jaxopt_models.qtensor import InputQuantizer
 from jaxopt_models.quantize.recipe import Recipe, Rule
 from jaxopt_models.quantize.rtn import round_to_nearest, weight_amax

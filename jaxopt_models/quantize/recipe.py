@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -37,9 +46,9 @@ class FormatChoice(_Strict):
 
     format: str
     granularity: Literal["tensor", "channel", "token", "block", "block2d"] | None = None
-    block_size: int | None = None
+    block_size: StrictInt | None = None
     scale_dtype: str | None = None
-    symmetric: bool = True
+    symmetric: StrictBool = True
     mx_rule: Literal["ceil", "floor"] = "ceil"
 
     @model_validator(mode="before")
@@ -82,7 +91,7 @@ class ActivationChoice(FormatChoice):
 class Rule(_Strict):
     """What happens to the matrices that `match` selects."""
 
-    match: tuple[str, ...]
+    match: tuple[str, ...] = Field(min_length=1)
     weight: FormatChoice | None
     activation: ActivationChoice | None = None
     algorithm: Literal["rtn"] = "rtn"
@@ -112,7 +121,7 @@ class Recipe(_Strict):
     name: str = "recipe"
     description: str = ""
     skip: tuple[str, ...] = _SKIP
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = Field(min_length=1)
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -215,7 +224,7 @@ def _override(fields: dict[str, Any], override: str) -> dict[str, Any]:
 
 
 def _descend(node: Any, part: str, override: str) -> Any:
-    key: Any = int(part) if isinstance(node, list) and part.isdigit() else part
+    key: Any = int(part) if isinstance(node, list) and part.isdecimal() else part
     try:
         child = node[key]
     except (KeyError, IndexError, TypeError) as error:

@@ -1,0 +1,118 @@
+"""The same numbers on a GPU: codes equal the CPU bit for bit, models agree, decoding is in place."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxopt_models import fake_quant, generate, init, quantize_array
+from jaxopt_models.formats import FORMATS, resolve
+from jaxopt_models.generate import decode_loop, start
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import forward
+from jaxopt_models.sampling import make_sampler
+from jaxopt_models.tree import map_with_path
+
+pytestmark = pytest.mark.gpu
+
+VARIANTS = [
+    *FORMATS,
+    ("fp8", {"granularity": "channel"}),
+    ("fp8", {"granularity": "block2d", "block_size": 16}),
+    ("int8", {"granularity": "channel"}),
+    ("int4", {"block_size": 32, "symmetric": False}),
+    ("int4", {"scale_dtype": "bfloat16"}),
+    ("nf4", {"scale_dtype": "float8_e4m3fn"}),
+    ("mxfp4", {"mx_rule": "floor"}),
+]
+
+
+def _spec(variant):
+    name, options = variant if isinstance(variant, tuple) else (variant, {})
+    return resolve(name, **options)
+
+
+def _inputs():
+    rng = np.random.default_rng(0)
+    normal = rng.normal(size=(48, 200)).astype(np.float32)
+    spread = normal * 10.0 ** rng.uniform(-30, 30, size=(48, 1)).astype(np.float32)
+    ties = rng.integers(-24, 25, size=(48, 200)).astype(np.float32) / 4
+    tiny = normal * np.float32(1e-39)
+    return {"normal": normal, "spread": spread, "ties": ties, "zeros": 0 * normal, "tiny": tiny}
+
+
+def _on(device, function, *args):
+    return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(args, device)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: str(v))
+def test_codes_and_values_equal_the_cpu_bit_for_bit(variant):
+    spec = _spec(variant)
+
+    def everything(x):
+        leaf = quantize_array(x, spec)
+        return leaf.codes, leaf.scale, leaf.global_scale, leaf.dequantize(), fake_quant(x, spec)
+
+    for name, x in _inputs().items():
+        gpu = _on(jax.devices("gpu")[0], everything, x)
+        cpu = _on(jax.devices("cpu")[0], everything, x)
+        for a, b in zip(jax.tree.leaves(gpu), jax.tree.leaves(cpu), strict=True):
+            assert a.tobytes() == b.tobytes(), f"{spec} differs on {name}"
+        assert gpu[3].tobytes() == gpu[4].tobytes(), f"{spec}: fake_quant differs on {name}"
+
+
+def _config() -> ModelConfig:
+    return ModelConfig.from_hf(
+        {
+            "model_type": "qwen3",
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4", "nvfp4", "fp8"])
+def test_forward_agrees_with_the_cpu(name):
+    config = _config()
+
+    def leaf(path, weight):
+        return quantize_array(weight, name) if "_proj" in path and name != "bf16" else weight
+
+    tokens = np.arange(40, dtype=np.int32).reshape(2, 20)
+    with jax.default_device(jax.devices("cpu")[0]):
+        params = map_with_path(leaf, init(config, jax.random.key(0)))
+    run = lambda p, t: forward(config, p, t)  # noqa: E731
+    with jax.default_matmul_precision("highest"):
+        gpu = _on(jax.devices("gpu")[0], run, params, tokens)
+        cpu = _on(jax.devices("cpu")[0], run, params, tokens)
+    np.testing.assert_allclose(gpu, cpu, atol=2e-4, rtol=1e-4)
+
+
+def test_decoding_is_in_place_and_batch_independent():
+    config = _config()
+    params = init(config, jax.random.key(0))
+    prompts = [[5, 6, 7], [1, 2, 3, 4, 9, 9, 9], [8]]
+    options = {"max_new_tokens": 12, "temperature": 0.8, "top_k": 50, "eos_token_ids": ()}
+    together = generate(config, params, prompts, **options).tokens
+    alone = [
+        generate(config, params, [prompt], request_ids=[i], **options).tokens[0]
+        for i, prompt in enumerate(prompts)
+    ]
+    assert together == alone
+
+    sampler = make_sampler(8)
+    state = start(config, params, [[1, 2, 3]] * 8, 4000, sampler, ())
+    compiled = decode_loop.lower(config, params, state, sampler, ()).compile()
+    keys = state.cache[0].keys
+    shape = ",".join(map(str, keys.shape))
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
+    assert compiled.memory_analysis().temp_size_in_bytes < keys.nbytes
+    assert jnp.all(decode_loop(config, params, state, sampler, ()).done)
