@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_models.data import token_arrays
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import block
 from jaxopt_models.models.config import ModelConfig
@@ -38,10 +39,11 @@ def input_amax(
       float32 scalars by weight path.
 
     Raises:
-      UserError: without batches, or when an activation is not finite.
+      UserError: without batches, for token ids outside the vocabulary, or for an input that is not
+        finite or always zero.
     """
     wanted = frozenset(weights)
-    tokens = [jnp.asarray(batch, jnp.int32) for batch in batches]
+    tokens = token_arrays(config, batches)
     if not tokens:
         raise UserError("calibration needs text: no batches were given")
     streams = [embed_tokens(config, params, batch) for batch in tokens]

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_models.builtin_text import Split, builtin_text
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 
 _HF_SPLITS: dict[Split, str] = {"calibration": "train", "evaluation": "test"}
@@ -123,6 +125,31 @@ def batches(rows: np.ndarray, batch_size: int) -> list[np.ndarray]:
     """
     _check_batch_size(batch_size)
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+
+
+def token_arrays(config: ModelConfig, batches: Iterable[Any], shortest: int = 1) -> list[jax.Array]:
+    """Batches as int32 [B, T] arrays of ids that the model has embeddings for.
+
+    Raises:
+      UserError: a batch has another shape, holds no ids or rows of fewer than `shortest`, or holds
+        what is not an id of the vocabulary, which a look-up would replace without a word.
+    """
+    # Arrays on devices stay there, with their sharding.
+    arrays = [b if isinstance(b, jax.Array) else np.asarray(b) for b in batches]
+    for array in arrays:
+        if array.ndim != 2 or array.shape[0] < 1 or array.shape[1] < shortest:
+            raise UserError(
+                f"a batch must be [B, L] with B >= 1 and L >= {shortest}; "
+                f"one has shape {array.shape}"
+            )
+        if array.dtype.kind not in "iu":
+            raise UserError(f"a batch must hold integer token ids; one holds {array.dtype}")
+        if array.min() < 0 or array.max() >= config.vocab_size:
+            raise UserError(
+                f"a batch holds token ids outside the vocabulary of {config.vocab_size}; "
+                "tokenize with the model's own tokenizer"
+            )
+    return [jnp.asarray(array, jnp.int32) for array in arrays]
 
 
 def pack(documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int) -> np.ndarray:

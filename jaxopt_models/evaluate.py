@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_models import tree
+from jaxopt_models.data import token_arrays
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states, logits
@@ -113,9 +114,10 @@ def evaluate(
         totals += np.asarray(sums, np.float64)
     positions = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in tokens)
     nll, kl, same = (float(total) / positions for total in totals)
-    if not np.isfinite(nll):
+    if not np.isfinite([nll, kl]).all():
+        whose = "reference" if np.isfinite(nll) else "model"
         raise UserError(
-            "the model's logits are not finite on this text; look for NaN in its weights"
+            f"the {whose}'s logits are not finite on this text; look for NaN in its weights"
         )
     return Metrics(
         perplexity=float(np.exp(nll)),
@@ -152,13 +154,16 @@ def _sums(
 
     def one(chunk: tuple[Any, ...]) -> jax.Array:
         real, target, states, *expected = chunk
-        log_q = jax.nn.log_softmax(logits(config, student[0], states))
+        ours = logits(config, student[0], states)
+        log_q = jax.nn.log_softmax(ours)
         nll = -jnp.take_along_axis(log_q, target[:, None], axis=1)[:, 0]
         kl = same = jnp.zeros_like(nll)
         if teacher is not None and teacher_config is not None:
-            log_p = jax.nn.log_softmax(logits(teacher_config, teacher[0], expected[0]))
+            theirs = logits(teacher_config, teacher[0], expected[0])
+            log_p = jax.nn.log_softmax(theirs)
             kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-            same = (jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
+            # Of logits, as the sampler chooses: the softmax's subtraction can round two to a tie.
+            same = (jnp.argmax(theirs, axis=-1) == jnp.argmax(ours, axis=-1)).astype(jnp.float32)
         return jnp.sum(jnp.where(real[None], jnp.stack([nll, kl, same]), 0.0), axis=1)
 
     real = (jnp.arange(padded) < count).reshape(-1, size)
@@ -192,15 +197,7 @@ def _teacher(
 
 
 def _checked(config: ModelConfig, batches: Iterable[Any]) -> list[jax.Array]:
-    tokens = [jnp.asarray(batch, jnp.int32) for batch in batches]
+    tokens = token_arrays(config, batches, shortest=2)
     if not tokens:
         raise UserError("there is nothing to evaluate on: no batches were given")
-    for batch in tokens:
-        if batch.ndim != 2 or batch.shape[1] < 2:
-            raise UserError(f"a batch must be [B, L] with L >= 2; one has shape {batch.shape}")
-        if int(jnp.min(batch)) < 0 or int(jnp.max(batch)) >= config.vocab_size:
-            raise UserError(
-                f"a batch holds token ids outside the vocabulary of {config.vocab_size}; "
-                "tokenize with the model's own tokenizer"
-            )
     return tokens

@@ -133,10 +133,14 @@ def resolve(
             f"block_size {block_size} does not go with granularity {chosen!r}; "
             "leave it out, or choose 'block' or 'block2d' and a positive size"
         )
-    if default.scale_dtype == "float8_e8m0fnu" and block_size not in (None, 32):
+    if default.power_of_two and block_size not in (None, 32):
         raise UserError(f"format {format!r} is defined with blocks of 32, not {block_size}")
     if not symmetric and format != "int4":
         raise UserError(f"format {format!r} has no zero point; symmetric=False needs 'int4'")
+    if mx_rule not in ("ceil", "floor"):
+        raise UserError(f"mx_rule {mx_rule!r} is unknown; choose 'ceil' or 'floor'")
+    if mx_rule == "floor" and not default.power_of_two:
+        raise UserError(f"format {format!r} has no power-of-two scale; leave mx_rule at 'ceil'")
     return QuantSpec(
         format,
         chosen,

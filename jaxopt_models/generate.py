@@ -1,7 +1,7 @@
 """Plain autoregressive generation: prompts in, tokens out, one `lax.while_loop` on the device."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -142,7 +142,7 @@ def decode_loop(
         last = jnp.take_along_axis(state.tokens, place, axis=1)
         logits, cache = decode_step(config, weights, last, place, state.cache)
         chosen = sampler(logits, place + 1)[:, 0]
-        return _commit(state.replace(cache=cache), chosen, stops)
+        return _commit(replace(state, cache=cache), chosen, stops)
 
     return jax.lax.while_loop(unfinished, step, state)
 
@@ -155,7 +155,8 @@ def _commit(state: DecodeState, chosen: jax.Array, stops: tuple[int, ...]) -> De
     ended = length >= state.limit
     if stops:
         ended = ended | jnp.any(chosen[:, None] == jnp.asarray(stops, jnp.int32)[None], axis=1)
-    return state.replace(
+    return replace(
+        state,
         tokens=state.tokens.at[rows, slot].set(chosen, mode="drop"),
         length=length,
         done=state.done | ended,

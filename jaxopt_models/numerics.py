@@ -56,7 +56,13 @@ def tile_reduce(x: jax.Array, tile: tuple[int, ...], reduce: Callable = jnp.max)
 
 
 def tile_expand(values: jax.Array, tile: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
-    """Repeats each entry of `values` over its tile of an array of `shape`; inverse of the above."""
+    """Repeats each entry of `values` over its tile of an array of `shape`; inverse of the above.
+
+    An axis with as many entries as elements has one each, whatever the tile: a stack of arrays,
+    each with a scale of its own.
+    """
+    extents = zip(values.shape, tile, shape, strict=True)
+    tile = tuple(1 if count == size else extent for count, extent, size in extents)
     interleaved = [extent for c in values.shape for extent in (c, 1)]
     split = [extent for c, t in zip(values.shape, tile, strict=True) for extent in (c, t)]
     full = tuple(c * t for c, t in zip(values.shape, tile, strict=True))

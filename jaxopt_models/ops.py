@@ -88,14 +88,11 @@ def _quantized_rows(tokens: jax.Array, table: QTensor) -> jax.Array:
     spec = table.spec
     height = spec.tile(table.shape)[0]
 
-    def rows_of(values: jax.Array | None) -> jax.Array | None:
-        return None if values is None else values[tokens // height]
-
-    shared = table.global_scale
+    row, shared, zero = tokens // height, table.global_scale, table.zero_point
     scales = Scales(
-        rows_of(table.scale),
+        table.scale[row],
         None if shared is None else shared.reshape((1,) * (tokens.ndim + 1)),
-        rows_of(table.zero_point),
+        None if zero is None else zero[row],
     )
     # A looked-up row is a tile row of its own, whatever the height of the table's tiles.
     by_row = {"tensor": "channel", "block2d": "block"}.get(spec.granularity, spec.granularity)

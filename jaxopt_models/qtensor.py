@@ -5,12 +5,14 @@ The law, for every format and every finite array, bit for bit:
 It holds by construction: all of them are `numerics.to_grid` followed by `numerics.from_grid`.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.core import Tracer
 
 from jaxopt_models import numerics, packing
 from jaxopt_models.errors import UserError
@@ -108,7 +110,7 @@ class QTensor(WeightLeaf):
 
     @property
     def weight_bits(self) -> int:
-        return size_in_bits(self.replace(input=None))
+        return size_in_bits(replace(self, input=None))
 
     def unpack(self) -> jax.Array:
         """Codes one a byte, [..., N, K], in the element's storage dtype (int4 sign-extended)."""
@@ -279,7 +281,7 @@ def _checked(x: jax.Array, spec: QuantSpec) -> jax.Array:
             f"format {spec.format!r} quantizes non-empty float arrays of rank {least} or more; "
             f"this one is {x.dtype.name}{list(x.shape)}"
         )
-    if not isinstance(x, jax.core.Tracer) and not bool(jnp.all(jnp.isfinite(x))):
+    if not isinstance(x, Tracer) and not bool(jnp.all(jnp.isfinite(x))):
         raise UserError(
             f"the array {x.dtype.name}{list(x.shape)} holds NaN or infinity; "
             "find where it comes from before quantizing"

@@ -1,52 +1,86 @@
 """The one door: whatever a user names a model by, out comes a `Model`."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from jaxopt_models.checkpoint import gguf, hub, huggingface, tokenizer
-from jaxopt_models.checkpoint.weights import Place
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxopt_models.checkpoint import gguf, hub, huggingface, native, tokenizer
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
+from jaxopt_models.models.transformer import abstract_params
+from jaxopt_models.sharding import DEFAULT_RULES, Rules, shard, shardings
+from jaxopt_models.tree import leaves_with_paths
 
-_NATIVE = "jaxopt_models.json"
 _COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
-def load(path: str | Path, *, dtype: str = "float32", place: Place | None = None) -> Model:
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: Rules = DEFAULT_RULES,
+) -> Model:
     """Loads a pretrained model with its tokenizer.
 
     Args:
       path: a checkpoint of this library, a directory with config.json and safetensors, a .gguf
         file, a Hugging Face hub id, or a built-in name (`hub.resolve`).
-      dtype: compute dtype of activations; weights keep the dtype they are stored in.
-      place: `place(path, array) -> jax.Array` puts each weight onto its devices.
+      dtype: compute dtype of activations; None is the one a checkpoint of this library was saved
+        with, else float32. Weights keep the dtype they are stored in.
+      mesh: devices to spread the weights over, each as it is read; None takes the default device.
+      rules: how, on a mesh; see `sharding`.
 
     Raises:
       UserError: for what cannot be found or read, naming file, key or tensor.
     """
-    if dtype not in _COMPUTE_DTYPES:
+    if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_COMPUTE_DTYPES)}")
     found = hub.resolve(path)
-    if (found / _NATIVE).is_file():
-        from jaxopt_models.checkpoint import native
-
-        model = native.restore(found, place=place)
+    if (found / native.MARKER).is_file():
+        model = native.restore(found, mesh=mesh, rules=rules)
     elif found.suffix == ".gguf":
         config = gguf.read_config(found)
-        params = gguf.read_params(found, config, place=place)
+        params = _spread(gguf.read_params, found, config, mesh, rules)
         model = Model(config, params, tokenizer.from_gguf(found))
     elif (found / "config.json").is_file():
         config = huggingface.read_config(found)
-        params = huggingface.read_params(found, config, place=place)
+        params = _spread(huggingface.read_params, found, config, mesh, rules)
         model = Model(config, params, _tokenizer_beside(found))
     else:
         raise UserError(
             f"{found}: not a model; give a directory with config.json and safetensors weights, "
             "a .gguf file, or a checkpoint of this library"
         )
-    config = dataclasses.replace(model.config, dtype=dtype)
+    config = dataclasses.replace(model.config, dtype=dtype or model.config.dtype)
     return dataclasses.replace(model, config=config, source=str(path))
+
+
+def _spread(
+    read: Callable[..., Any],
+    path: Path,
+    config: ModelConfig,
+    mesh: Mesh | None,
+    rules: Rules,
+) -> Any:
+    """Reads parameters tensor by tensor onto the default device or a mesh."""
+    if mesh is None:
+        return read(path, config)
+    places = dict(leaves_with_paths(shardings(abstract_params(config), mesh, rules)))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def place(name: str, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, places.get(name, everywhere))
+
+    # Codes and scales of quantized leaves have no place of their own before they are one leaf.
+    return shard(read(path, config, place=place), mesh, rules)
 
 
 def _tokenizer_beside(directory: Path) -> object | None:

@@ -114,8 +114,10 @@ class ModelConfig:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> "ModelConfig":
         """Inverse of `to_json`: lists become tuples again, rotary embeddings become `Rope`."""
-        values = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-        ropes = {key: Rope(**fields[key]) for key in ("rope", "local_rope")}
+        values: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()
+        }
+        ropes: dict[str, Any] = {key: Rope(**fields[key]) for key in ("rope", "local_rope")}
         try:
             return cls(**(values | ropes))
         except TypeError as error:

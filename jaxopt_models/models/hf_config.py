@@ -329,7 +329,7 @@ def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.model_type == "gemma3_text":
         return {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round(config.query_scale**-2, 6),
+            "query_pre_attn_scalar": _whole(config.query_scale**-2),
             "attn_logit_softcapping": config.attention_softcap,
             "final_logit_softcapping": config.final_softcap,
             "rope_local_base_freq": config.local_rope.theta,
@@ -349,6 +349,11 @@ def _family_to_hf(config: ModelConfig) -> dict[str, Any]:
             "mlp_only_layers": [i for i in range(config.num_layers) if i not in config.moe_layers],
         }
     return {}
+
+
+def _whole(value: float) -> int | float:
+    """An integer where the value is one up to rounding; transformers refuses 256.0 for 256."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-9) else value
 
 
 def _rope_to_hf(rope: Rope) -> dict[str, Any] | None:

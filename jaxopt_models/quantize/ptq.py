@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -160,7 +160,7 @@ def _quantized(
     if not bool(jnp.isfinite(error)):
         raise UserError(f"{path} holds NaN or infinity; repair the checkpoint before quantizing")
     if rule.activation is not None:
-        leaf = leaf.replace(input=InputQuantizer(amax, rule.activation.spec()))
+        leaf = replace(leaf, input=InputQuantizer(amax, rule.activation.spec()))
     return leaf, {
         "path": path,
         "format": spec.format,

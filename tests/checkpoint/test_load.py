@@ -1,22 +1,21 @@
 """The one door finds out what kind of model a path is."""
 
-import sys
-import types
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-import jaxopt_models.checkpoint
 from jaxopt_models.checkpoint.load import load
+from jaxopt_models.checkpoint.native import save
 from jaxopt_models.errors import UserError
-from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import forward
+from jaxopt_models.sharding import make_mesh
 
 
 def test_a_directory_of_safetensors(golden, golden_run, write_checkpoint):
@@ -43,11 +42,18 @@ def test_dtype_is_that_of_the_computation_only(golden, write_checkpoint):
         load("anything", dtype="fp32")
 
 
-def test_place_reaches_the_reader(golden, write_checkpoint):
-    device = jax.devices()[-1]
-    directory = write_checkpoint(*golden("qwen2"))
-    model = load(directory, place=lambda path, array: jax.device_put(array, device))
-    assert {leaf.device for leaf in jax.tree.leaves(model.params)} == {device}
+def test_onto_a_mesh(golden, write_checkpoint):
+    config, tensors = golden("qwen2")
+    directory = write_checkpoint(config, tensors)
+    plain, mesh = load(directory), make_mesh({"data": 2, "model": 4})
+    spread = load(directory, mesh=mesh)
+    weight = spread.params["layers"][0]["mlp"]["up_proj"]["weight"]
+    assert weight.sharding.spec == PartitionSpec("model", None)
+    assert all(len(leaf.devices()) == 8 for leaf in jax.tree.leaves(spread.params))
+    for ours, theirs in zip(
+        jax.tree.leaves(spread.params), jax.tree.leaves(plain.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_gguf_file(builtin):
@@ -57,17 +63,15 @@ def test_a_gguf_file(builtin):
     assert model.tokenizer.decode(model.tokenizer("In 2024.").input_ids) == "In 2024."
 
 
-def test_our_own_checkpoint(tmp_path, golden, monkeypatch):
-    (tmp_path / "jaxopt_models.json").write_text("{}")
-    config = ModelConfig.from_hf(golden("qwen2")[0])
-    native = types.ModuleType("jaxopt_models.checkpoint.native")
-    monkeypatch.setattr(
-        native, "restore", lambda path, place: Model(config, {"from": path}), raising=False
-    )
-    monkeypatch.setitem(sys.modules, native.__name__, native)
-    monkeypatch.setattr(jaxopt_models.checkpoint, "native", native, raising=False)
-    model = load(tmp_path, dtype="bfloat16")
-    assert model.params == {"from": tmp_path} and model.config.dtype == "bfloat16"
+def test_our_own_checkpoint(tmp_path, golden, write_checkpoint):
+    model = load(write_checkpoint(*golden("qwen2")))
+    save(tmp_path / "own", model.config, model.params)
+    own = load(tmp_path / "own", dtype="bfloat16")
+    assert own.config == dataclasses.replace(model.config, dtype="bfloat16")
+    for ours, theirs in zip(
+        jax.tree.leaves(own.params), jax.tree.leaves(model.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_something_else(tmp_path):

@@ -1,0 +1,212 @@
+"""The command line: thin commands over the public functions.
+
+Exit code 0 means that everything asked for was done. A mistake of the user is one line on standard
+error and exit code 2; whatever else goes wrong is a defect and shows its traceback.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+# Read when transformers is first imported, which prints that it found no PyTorch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from typer.exceptions import Abort, Exit, TyperException
+
+import jaxopt_models as jom
+from jaxopt_models import data, report
+from jaxopt_models.demo import run_demo
+from jaxopt_models.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+ModelArg = Annotated[
+    str, typer.Argument(help="Checkpoint directory, .gguf file, hub id or built-in name.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Directory to create.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the figures to this file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="key=value override of a recipe, e.g. rules.0.weight.block_size=64"),
+]
+BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
+LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version")] = False) -> None:
+    """Take a pretrained LLM, make it cheaper to serve, and measure what that cost."""
+    if version:
+        print(jom.__version__)
+        raise Exit
+
+
+@app.command()
+def quantize(
+    model: ModelArg,
+    recipe: Annotated[str, typer.Option(help="Preset name or YAML file.")],
+    out: OutOption,
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    overrides: SetOption = None,
+    json: JsonOption = None,
+) -> None:
+    """Quantize a model and save it as a checkpoint."""
+    plan = jom.Recipe.load(recipe, tuple(overrides or ()))
+    if out.exists():
+        raise UserError(f"{out} exists already; choose another --out or remove it")
+    loaded = _load(model)
+    batches = None
+    if any(rule.activation and rule.activation.calibrated for rule in plan.rules):
+        batches = _batches(loaded, calib, "calibration", windows, length, batch)
+    params, result = jom.quantize(loaded, plan, batches, progress=report.progress)
+    with report.working(f"saving {out}"):
+        jom.save(
+            out,
+            loaded.config,
+            params,
+            loaded.tokenizer,
+            recipe=plan.model_dump(),
+            report=result.as_dict(),
+            provenance={"source": loaded.source, "calibration": calib if batches else None},
+        )
+    if json:
+        report.write_json(json, result.as_dict())
+    report.out.print(report.worst_tensors_table(result))
+    report.out.print(
+        f"{len(result.tensors)} tensors, {result.bits_per_weight:.3f} bits a weight, "
+        f"{result.calibration_seconds:.1f} s calibration, "
+        f"{result.quantization_seconds:.1f} s quantization -> {out}"
+    )
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArg,
+    reference: Annotated[
+        str | None, typer.Option(help="The original model, for KL and agreement.")
+    ] = None,
+    text: Annotated[
+        str, typer.Option(help="Evaluation text: a file, builtin, or hf:NAME.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 64,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    json: JsonOption = None,
+) -> None:
+    """Measure perplexity, and divergence from a reference model."""
+    from jaxopt_models.evaluate import reference as run_reference
+
+    loaded = _load(model)
+    batches = _batches(loaded, text, "evaluation", windows, length, batch)
+    teacher = None
+    if reference:
+        original = _load(reference)
+        teacher = run_reference(original.config, original.params, batches, report.progress)
+    metrics = jom.evaluate(loaded.config, loaded.params, batches, teacher, report.progress)
+    if json:
+        protocol = {"model": model, "reference": reference, "text": text}
+        sizes = {"windows": windows, "length": length, "python": sys.version.split()[0]}
+        report.write_json(json, metrics.as_dict() | protocol | sizes)
+    title = f"{windows} x {length} tokens of {text}"
+    report.out.print(report.metrics_table(title, [(model, metrics, None)]))
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus; 1 is off.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens kept; 0 is off.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+) -> None:
+    """Continue a prompt."""
+    import jax
+
+    loaded = _load(model)
+    tokenizer = data.tokenizer_of(loaded)
+    if chat:
+        if not tokenizer.chat_template:
+            raise UserError(f"{model} has no chat template; leave out --chat")
+        turn = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = tokenizer.encode(prompt)
+    with report.working("generating"):
+        result = jom.generate(
+            loaded.config,
+            loaded.params,
+            [ids],
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            key=jax.random.key(seed),
+        )
+    print(tokenizer.decode(result.tokens[0], skip_special_tokens=True))
+
+
+@app.command()
+def export(
+    model: ModelArg,
+    out: OutOption,
+    layout: Annotated[str, typer.Option(help="bf16")] = "bf16",
+) -> None:
+    """Write a Hugging Face directory."""
+    loaded = _load(model)
+    with report.working(f"writing {out}"):
+        jom.export_hf(out, loaded, layout=layout)
+    report.out.print(f"{layout} checkpoint -> {out}")
+
+
+@app.command()
+def demo(
+    out: OutOption = Path("demo-output"),
+    json: JsonOption = None,
+) -> None:
+    """Quantize a real small model to every format, and show what each costs."""
+    figures = run_demo(out)
+    if json:
+        report.write_json(json, figures)
+
+
+def _load(name: str) -> jom.Model:
+    with report.working(f"loading {name}"):
+        return jom.load(name)
+
+
+def _batches(
+    model: jom.Model, text: str, split: data.Split, windows: int, length: int, batch: int
+) -> list:
+    with report.working(f"tokenizing {text}"):
+        return data.token_batches(model, data.load_text(text, split), windows, length, batch)
+
+
+def main() -> None:
+    """Runs the command and turns mistakes of the user into one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+    except (UserError, TyperException) as error:
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        print(f"jaxopt-models: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+    except (Abort, KeyboardInterrupt):
+        print("jaxopt-models: interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

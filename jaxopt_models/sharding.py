@@ -1,0 +1,256 @@
+"""Where arrays live on several devices: meshes, and rules from leaf paths to shardings.
+
+A rule maps a glob on leaf paths (`tree`) to the `PartitionSpec` of the weight found there, and the
+last rule that matches a leaf decides; a leaf that none matches is replicated. A spec speaks of the
+weight [..., N, K] that a leaf stands for, and each array of the leaf gets what follows from it:
+
+    QTensor      [..., N, K]     P(..., n, k)
+    codes        [..., N, bytes] P(..., n, k)
+    scale        [..., N/t, K/t] P(..., n, k)     likewise zero_point
+    pre_scale    [K]             P(k)
+    low_rank     down [..., R, K], up [..., N, R]   P(..., None, k), P(..., n, None)
+    global_scale, input          replicated
+
+An array's axis is left whole where splitting it would cut unevenly or through a tile of values
+that share a scale or a byte, so any rule gives correct results on any mesh.
+
+Reference: Shoeybi et al. 2019, arXiv:1909.08053.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_models.errors import UserError
+from jaxopt_models.qtensor import LowRank, QTensor
+from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
+
+# A tuple of specs is an order of preference: the first that splits evenly all that it names.
+type Rules = Mapping[str, P | tuple[P, ...]]
+
+_ROWS, _COLUMNS = P("model", None), P(None, "model")
+
+# Tensor parallelism: a layer's first products split their outputs and its second ones their inputs,
+# so activations are summed over devices twice a layer. Covers every architecture, hence some of
+# these rules match nothing in a given model.
+DEFAULT_RULES: dict[str, P | tuple[P, ...]] = {
+    **{f"*/{name}_proj/weight": _ROWS for name in ("q", "k", "v", "gate", "up")},
+    **{f"*/{name}_proj/bias": P("model") for name in ("q", "k", "v", "gate", "up")},
+    **{f"*/{name}_proj/weight": _COLUMNS for name in ("o", "down")},
+    "*embed_tokens/weight": _ROWS,
+    "*lm_head/weight": _ROWS,
+    **{
+        f"*/experts/{name}_proj/weight": (P("model", None, None), P(None, "model", None))
+        for name in ("gate", "up")
+    },
+    "*/experts/down_proj/weight": (P("model", None, None), P(None, None, "model")),
+}
+
+
+def make_mesh(
+    shape: Mapping[str, int] | Sequence[int],
+    names: Sequence[str] = ("data", "model"),
+    *,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh whose axes XLA partitions by itself (`AxisType.Auto`).
+
+    Args:
+      shape: size of each axis by name, as in {"data": 2, "model": 4}, or sizes alone.
+      names: of the axes, where `shape` has none.
+      devices: to build it of, all by default; the first ones are taken if there are more.
+
+    Raises:
+      UserError: for more devices than there are, or sizes that do not go with the names.
+    """
+    if not isinstance(shape, Mapping):
+        if len(shape) != len(names):
+            raise UserError(f"mesh {tuple(shape)} needs {len(shape)} names, not {tuple(names)}")
+        shape = dict(zip(names, shape, strict=True))
+    sizes, found = tuple(shape.values()), len(jax.devices() if devices is None else devices)
+    if min(sizes, default=0) < 1 or math.prod(sizes) > found:
+        raise UserError(
+            f"mesh {dict(shape)} needs {math.prod(sizes)} devices and there are {found}; "
+            "give sizes whose product is at most that"
+        )
+    auto = (AxisType.Auto,) * len(sizes)
+    chosen = (jax.devices() if devices is None else devices)[: math.prod(sizes)]
+    return jax.make_mesh(sizes, tuple(shape), axis_types=auto, devices=chosen)
+
+
+def shardings(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """A tree like `params` with a `NamedSharding` in place of each array.
+
+    Args:
+      params: parameter tree; arrays may be abstract (`jax.ShapeDtypeStruct`).
+      mesh: from `make_mesh`.
+      rules: extend the default as in `DEFAULT_RULES | {"*/mlp/up_proj/weight": P()}`.
+
+    Raises:
+      UserError: for a rule of yours that matches no leaf, and for a spec with more axes than its
+        leaf or with an axis that the mesh lacks.
+    """
+    paths = [path for path, _ in leaves_with_paths(params)]
+    for pattern, wanted in rules.items():
+        ours = pattern in DEFAULT_RULES and DEFAULT_RULES[pattern] == wanted
+        if not ours and not any(matches(path, pattern) for path in paths):
+            raise UserError(
+                f"sharding rule {pattern!r} matches no tensor; paths look like "
+                f"{paths[len(paths) // 2]!r}"
+            )
+
+    def leaf_shardings(path: str, leaf: Any) -> Any:
+        specs = _leaf_specs(leaf, _choose(path, leaf, mesh, rules), mesh)
+        return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+
+    return map_with_path(leaf_shardings, params)
+
+
+def shard(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
+    """Copies parameters onto the devices of a mesh; see `shardings`."""
+    return jax.device_put(params, shardings(params, mesh, rules))
+
+
+def initialize_distributed(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins this process to the others of a run on several hosts.
+
+    It belongs at the entry of a command, before anything else of JAX; the library never calls it.
+    Under Slurm, Open MPI, Kubernetes and on TPU the environment tells all arguments.
+
+    Args:
+      coordinator_address: "host:port" of process 0.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
+
+    Raises:
+      UserError: when an argument is missing that the environment does not tell.
+    """
+    try:
+        jax.distributed.initialize(coordinator_address, num_processes, process_id)
+    except ValueError as error:
+        raise UserError(
+            f"no distributed run was found here ({error}); "
+            "give coordinator_address, num_processes and process_id"
+        ) from error
+
+
+def _choose(path: str, leaf: Any, mesh: Mesh, rules: Rules) -> tuple[Any, ...]:
+    """Mesh axes for each axis of the weight at a path, by the last rule that matches."""
+    found = [pattern for pattern in rules if matches(path, pattern)]
+    if not found:
+        return (None,) * leaf.ndim
+    pattern = found[-1]
+    options = rules[pattern]
+    specs = [
+        _completed(pattern, spec, path, leaf, mesh)
+        for spec in (options if isinstance(options, tuple) else (options,))
+    ]
+    even = (spec for spec in specs if _kept(spec, leaf.shape, mesh) == spec)
+    return next(even, specs[-1])
+
+
+def _completed(pattern: str, spec: P, path: str, leaf: Any, mesh: Mesh) -> tuple[Any, ...]:
+    """A spec's entries, one an axis of the leaf, checked against leaf and mesh."""
+    unknown = [name for entry in spec for name in _names(entry) if name not in mesh.shape]
+    if unknown:
+        raise UserError(
+            f"sharding rule {pattern!r} splits over {unknown[0]!r}, but the mesh has the axes "
+            f"{', '.join(mesh.shape)}; give the mesh that axis (of size 1 to split nothing)"
+        )
+    if len(spec) > leaf.ndim:
+        raise UserError(
+            f"sharding rule {pattern!r} has {len(spec)} axes, but {path!r} has the shape "
+            f"{list(leaf.shape)}; shorten the rule, or narrow its pattern"
+        )
+    return (*spec, *(None,) * (leaf.ndim - len(spec)))
+
+
+def _leaf_specs(leaf: Any, spec: tuple[Any, ...], mesh: Mesh) -> Any:
+    """The leaf with a `PartitionSpec` in place of each of its arrays."""
+    if isinstance(leaf, QTensor):
+        return _quantized_specs(leaf, spec, mesh)
+    if not is_leaf(leaf):
+        return P(*_kept(spec, leaf.shape, mesh))
+    # Any other leaf kind: what has the weight's own extents is split like it (masks, masters).
+    return jax.tree.map(lambda part: _like(leaf.shape, part, spec, mesh), leaf)
+
+
+def _like(shape: tuple[int, ...], part: Any, spec: tuple[Any, ...], mesh: Mesh) -> P:
+    """Spec of an array whose axes either equal the weight's or are shared by all of it."""
+    if part.ndim != len(shape):
+        return P()
+    entries = zip(spec, part.shape, shape, strict=True)
+    same = tuple(entry if extent == whole else None for entry, extent, whole in entries)
+    return P(*_kept(same, part.shape, mesh))
+
+
+def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
+    tile = q.spec.tile(q.shape)
+    codes_a_group = 8 // math.gcd(8, q.spec.element.bits)  # the fewest that fill whole bytes
+    # Under one scale for the whole axis a boundary may fall anywhere.
+    last = math.lcm(codes_a_group, tile[-1] if tile[-1] < q.shape[-1] else 1)
+    spec = _kept(spec, q.shape, mesh, (*(1,) * (q.ndim - 1), last))
+    *lead, rows, columns = (None,) * (2 - q.ndim) + spec
+
+    def tiled(part: Any) -> P:
+        return _tiled(q.shape, tile, part, spec, mesh)
+
+    def each(specs: Callable[..., Any], part: Any) -> Any:
+        return None if part is None else specs(part)
+
+    def low_rank(part: LowRank) -> LowRank:
+        return replace(part, down=P(*lead, None, columns), up=P(*lead, rows, None))
+
+    return replace(
+        q,
+        codes=P(*spec),
+        scale=tiled(q.scale),
+        zero_point=each(tiled, q.zero_point),
+        global_scale=each(tiled, q.global_scale),
+        pre_scale=each(lambda _: P(columns), q.pre_scale),
+        low_rank=each(low_rank, q.low_rank),
+        input=jax.tree.map(lambda _: P(), q.input),
+    )
+
+
+def _tiled(
+    shape: tuple[int, ...], tile: tuple[int, ...], part: Any, spec: tuple[Any, ...], mesh: Mesh
+) -> P:
+    """Spec of an array with an entry for each tile of a weight that is split by `spec`."""
+    # One entry a row (a stack of tensors, each with its own scale) is a tile of 1.
+    sizes = (1 if n == whole else t for n, whole, t in zip(part.shape, shape, tile, strict=True))
+    aligned = _kept(spec, shape, mesh, tuple(sizes))
+    return P(*(None if n == 1 else entry for entry, n in zip(aligned, part.shape, strict=True)))
+
+
+def _kept(
+    spec: tuple[Any, ...],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    units: tuple[int, ...] | None = None,
+) -> tuple[Any, ...]:
+    """The spec without the axes that would not split into equal parts of whole units."""
+    units = units or (1,) * len(shape)
+
+    def even(entry: Any, extent: int, unit: int) -> bool:
+        parts = math.prod(mesh.shape[name] for name in _names(entry))
+        return extent % (parts * unit) == 0
+
+    entries = zip(spec, shape, units, strict=True)
+    return tuple(entry if even(entry, extent, unit) else None for entry, extent, unit in entries)
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """Mesh axes that one entry of a spec names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
