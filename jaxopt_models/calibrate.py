@@ -22,7 +22,7 @@ from jaxopt_models.progress import Progress, silent
 def input_amax(
     config: ModelConfig,
     params: Any,
-    batches: Iterable[jax.Array],
+    batches: Iterable[Any],
     weights: Iterable[str],
     progress: Progress = silent,
 ) -> dict[str, jax.Array]:

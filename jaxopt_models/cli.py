@@ -182,6 +182,37 @@ def demo(
         report.write_json(json, figures)
 
 
+bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("evaluation")
+def bench_evaluation(
+    peer_python: Annotated[
+        str, typer.Option(help="Python of an environment with torch and transformers.")
+    ],
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    text: Annotated[str, typer.Option(help="As in eval.")] = "builtin",
+    windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 64,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    json: JsonOption = None,
+) -> None:
+    """Time evaluation here and with transformers + torch on the same windows."""
+    from jaxopt_models.bench.evaluation import bench_evaluation as run
+
+    with report.working("timing"):
+        figures = run(model, text, windows, length, batch, peer_python)
+    if json:
+        report.write_json(json, figures)
+    report.out.print(
+        f"{model}, {windows} x {length} tokens: {figures['seconds']:.1f} s, compilation included; "
+        f"transformers + torch {figures['peer_seconds']:.1f} s; "
+        f"ratio {figures['ratio_to_peer']:.2f}; "
+        f"perplexity {figures['perplexity']:.4f} and {figures['peer_perplexity']:.4f}"
+    )
+
+
 def _load(name: str) -> jom.Model:
     with report.working(f"loading {name}"):
         return jom.load(name)

@@ -22,7 +22,9 @@ def divide(a: jax.Array | float, b: jax.Array | float) -> jax.Array:
     """
     a, b = jnp.broadcast_arrays(jnp.float32(a), jnp.float32(b))
     top, bottom = _mantissa(a), _mantissa(b)
-    quotient = top / bottom
+    # An integer operation, because top · (1 / bottom) may be fused, unrounded, into the sum below,
+    # to which the remainder of the rounded quotient would not belong.
+    quotient = float_from_bits(float_bits(top / bottom) & -2)
     quotient = quotient + _remainder(top, quotient, bottom) / bottom
     shift = exponent_of(a) - exponent_of(b)
     # In two steps, since a shift by up to 253 binades has no power of two of its own.

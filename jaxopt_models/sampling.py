@@ -56,11 +56,15 @@ class _Range:
     low: float
     high: float
     meaning: str
+    whole: bool = False
+
+    def allows(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.whole and value % 1)
 
 
 _RANGES = (
     _Range("temperature", 0.0, float("inf"), "0 (greedy) or positive"),
-    _Range("top_k", 0, 2**31 - 1, "0 (off) or a positive integer"),
+    _Range("top_k", 0, 2**31 - 1, "0 (off) or a positive integer", whole=True),
     _Range("top_p", 1e-9, 1.0, "in (0, 1], 1 is off"),
 )
 
@@ -88,7 +92,7 @@ def make_sampler(
     rows = {}
     for rule, value in zip(_RANGES, (temperature, top_k, top_p), strict=True):
         values = value if isinstance(value, list) else [value] * batch
-        if len(values) != batch or not all(rule.low <= v <= rule.high for v in values):
+        if len(values) != batch or not all(rule.allows(v) for v in values):
             raise UserError(
                 f"{rule.name} must be {rule.meaning}, one number or one for each of the {batch} "
                 f"prompts; it is {value}"

@@ -32,10 +32,13 @@ class LayerCache:
         Scatter, because `dynamic_update_slice` would clamp a write near the end onto earlier slots.
         """
         rows = jnp.arange(slots.shape[0])[:, None]
-        return LayerCache(
+        cache = LayerCache(
             self.keys.at[rows, :, slots].set(keys.astype(self.keys.dtype), mode="drop"),
             self.values.at[rows, :, slots].set(values.astype(self.values.dtype), mode="drop"),
         )
+        # XLA makes a scatter of one update a select on the old contents and fuses that into every
+        # reader, each with a copy of the cache. Behind a barrier it stays one write in place.
+        return jax.lax.optimization_barrier(cache) if slots.size == 1 else cache
 
 
 KVCache = tuple[LayerCache, ...]

@@ -117,10 +117,10 @@ class ModelConfig:
         values: dict[str, Any] = {
             key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()
         }
-        ropes: dict[str, Any] = {key: Rope(**fields[key]) for key in ("rope", "local_rope")}
         try:
+            ropes: dict[str, Any] = {key: Rope(**fields[key]) for key in ("rope", "local_rope")}
             return cls(**(values | ropes))
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f"the stored model description does not fit this version of the library ({error}); "
                 "read it with the version that wrote it"

@@ -89,7 +89,10 @@ def _mixtral(hf: Mapping[str, Any]) -> dict[str, Any]:
 def _qwen3_moe(hf: Mapping[str, Any]) -> dict[str, Any]:
     dense, step = hf.get("mlp_only_layers") or (), hf.get("decoder_sparse_step", 1)
     layers = range(hf["num_hidden_layers"])
+    # transformers applies its window to every layer of this architecture.
+    kinds = _uniform(hf, "sliding" if hf.get("use_sliding_window") else "full")
     return _qwen3(hf) | {
+        "attention_kinds": kinds,
         "moe_layers": tuple(i for i in layers if i not in dense and (i + 1) % step == 0),
         # transformers 5 renames the published key when it saves.
         "num_experts": hf["num_local_experts" if "num_local_experts" in hf else "num_experts"],
@@ -109,6 +112,8 @@ class _Architecture:
     defaults: tuple[tuple[str, Any], ...] = ()
 
 
+# The others give all layers the same attention in transformers, whatever layer_types say.
+_MIXED_ATTENTION = ("qwen2", "qwen3", "gemma3_text")
 _QWEN_KEYS = frozenset({"use_sliding_window", "max_window_layers", "attention_bias"})
 _ARCHITECTURES = {
     "llama": _Architecture(_llama, "LlamaForCausalLM", frozenset({"attention_bias", "mlp_bias"})),
@@ -187,8 +192,21 @@ def read_hf(hf: Mapping[str, Any], ignore: tuple[str, ...] = ()) -> ModelConfig:
         raise UserError(
             f"config.json: key {error} is missing, which model_type {kind!r} needs"
         ) from error
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.json: a value has the wrong type for model_type {kind!r} ({error}); "
+            "compare the file with the published one"
+        ) from error
     if "layer_types" in hf:
-        fields["attention_kinds"] = _layer_types(hf["layer_types"], layers)
+        named = _layer_types(hf["layer_types"], layers)
+        if kind not in _MIXED_ATTENTION and named != fields["attention_kinds"]:
+            raise UserError(
+                "config.json: layer_types say otherwise than the other keys, and model_type "
+                f"{kind!r} ignores them; remove layer_types or make them agree"
+            )
+        fields["attention_kinds"] = named
     if "sliding" not in fields["attention_kinds"]:
         fields["sliding_window"] = None
     elif fields["sliding_window"] is None:

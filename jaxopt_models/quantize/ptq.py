@@ -71,7 +71,7 @@ class Report:
 def quantize(
     model: Model,
     recipe: Recipe,
-    batches: Iterable[jax.Array] | None = None,
+    batches: Iterable[Any] | None = None,
     progress: Progress = silent,
 ) -> tuple[Any, Report]:
     """Quantizes a model's weights, and calibrates the inputs that the recipe wants quantized.
@@ -116,7 +116,7 @@ def _calibrated(
     model: Model,
     recipe: Recipe,
     plan: dict[str, Rule],
-    batches: Iterable[jax.Array] | None,
+    batches: Iterable[Any] | None,
     progress: Progress,
 ) -> dict[str, jax.Array]:
     static = [path for path, r in plan.items() if r.activation and r.activation.calibrated]

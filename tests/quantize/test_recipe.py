@@ -1,0 +1,422 @@
+"""Recipes: what they select, in which order, and every way in which a file can be wrong."""
+
+import textwrap
+
+import jax.numpy as jnp
+import pytest
+
+from jaxopt_models import tree
+from jaxopt_models.errors import UserError
+from jaxopt_models.formats import FORMATS
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import abstract_params
+from jaxopt_models.qtensor import quantize_array
+from jaxopt_models.quantize.recipe import Recipe, presets
+
+_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+DENSE = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
+MOE = ModelConfig.from_hf(
+    {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
+)
+
+
+@pytest.fixture
+def dense():
+    return abstract_params(DENSE)
+
+
+@pytest.fixture
+def moe():
+    return abstract_params(MOE)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Puts a recipe into a file."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def recipe(*rules, **fields) -> Recipe:
+    return Recipe.model_validate({"rules": list(rules)} | fields)
+
+
+def formats(plan) -> dict[str, str]:
+    return {path: rule.weight.format for path, rule in plan.items()}
+
+
+# Presets
+
+
+def test_there_are_presets_for_every_family_of_formats():
+    rules = [rule for name in presets() for rule in Recipe.load(name).rules]
+    used = {rule.weight.spec().format for rule in rules if rule.weight}
+    # Of the MX formats with two elements the more precise, or the wider one, stands for both.
+    assert used == FORMATS.keys() - {"mxfp6_e2m3", "mxfp8_e5m2"}
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_says_what_it_is_called_and_what_it_does(name):
+    loaded = Recipe.load(name)
+    assert loaded.name == name
+    assert loaded.description and "\n" not in loaded.description
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_plans_all_linears_of_a_dense_model_and_nothing_else(name, dense):
+    linears = [p for p, leaf in tree.leaves_with_paths(dense) if tree.is_decoder_matrix(p, leaf)]
+    assert len(linears) == 2 * 7
+    assert list(Recipe.load(name).plan(dense)) == linears
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_plans_all_experts_and_no_router(name, moe):
+    linears = [p for p, leaf in tree.leaves_with_paths(moe) if tree.is_decoder_matrix(p, leaf)]
+    assert sum("/experts/" in path for path in linears) == 2 * 3
+    assert list(Recipe.load(name).plan(moe)) == linears
+
+
+@pytest.mark.parametrize("name", presets())
+def test_static_scales_are_those_of_fp8_and_nvfp4(name):
+    loaded = Recipe.load(name)
+    needed = any(rule.activation and rule.activation.calibrated for rule in loaded.rules)
+    assert needed == (name in {"fp8", "nvfp4"})
+    assert not (needed and "needs no calibration" in loaded.description)
+
+
+# Rules
+
+
+def test_the_last_rule_that_matches_decides(dense):
+    plan = recipe(
+        {"match": "*", "weight": "nvfp4"},
+        {"match": "layers/1/*", "weight": "int8"},
+        {"match": "*/down_proj/weight", "weight": "fp8"},
+    ).plan(dense)
+    assert formats(plan) == {
+        path: "fp8" if "down_proj" in path else "int8" if "layers/1/" in path else "nvfp4"
+        for path in plan
+    }
+
+
+def test_an_earlier_rule_does_not_add_to_a_later_one(dense):
+    plan = recipe(
+        {"match": "*", "weight": "int8", "activation": {"format": "int8", "granularity": "token"}},
+        {"match": "layers/0/*", "weight": "int8"},
+    ).plan(dense)
+    assert all((rule.activation is None) == ("layers/0/" in path) for path, rule in plan.items())
+
+
+def test_a_rule_may_name_several_patterns(dense):
+    plan = recipe({"match": ["*/q_proj/weight", "*/o_proj/weight"], "weight": "fp8"}).plan(dense)
+    assert list(plan) == [
+        f"layers/{i}/self_attn/{name}/weight" for i in (0, 1) for name in ("o_proj", "q_proj")
+    ]
+
+
+def test_null_leaves_weights_as_they_are(dense):
+    plan = recipe(
+        {"match": "*", "weight": "nvfp4"}, {"match": "*/self_attn/*", "weight": None}
+    ).plan(dense)
+    assert plan and all("/mlp/" in path for path in plan)
+
+
+def test_null_can_be_overruled_by_a_later_rule(dense):
+    plan = recipe(
+        {"match": "*", "weight": None}, {"match": "layers/1/mlp/*", "weight": "nf4"}
+    ).plan(dense)
+    assert list(plan) == [f"layers/1/mlp/{n}_proj/weight" for n in ("down", "gate", "up")]
+
+
+def test_weights_that_no_rule_matches_are_left_alone(dense):
+    plan = recipe({"match": "layers/0/mlp/gate_proj/weight", "weight": "int4"}).plan(dense)
+    assert list(plan) == ["layers/0/mlp/gate_proj/weight"]
+
+
+@pytest.mark.parametrize(
+    "skip, extra",
+    [
+        ([], {"lm_head/weight", "embed_tokens/weight"}),
+        (["embed_tokens/*"], {"lm_head/weight"}),
+        (["lm_head/*", "embed_tokens/*", "layers/0/*"], set()),
+    ],
+)
+def test_skip_replaces_the_default(dense, skip, extra):
+    planned = recipe({"match": "*", "weight": "int8"}, skip=skip).plan(dense).keys()
+    linears = {p for p, leaf in tree.leaves_with_paths(dense) if tree.is_decoder_matrix(p, leaf)}
+    linears = {p for p in linears if not tree.matches(p, skip)}
+    assert planned == linears | extra
+
+
+def test_an_empty_skip_lets_routers_in_but_never_norms(moe):
+    planned = recipe({"match": "*", "weight": "int8"}, skip=[]).plan(moe)
+    assert "layers/0/mlp/router/weight" in planned
+    assert not any("norm" in path for path in planned)
+
+
+def test_biases_are_never_planned():
+    biased = ModelConfig.from_hf({"model_type": "qwen2"} | _SIZES)
+    planned = recipe({"match": "*", "weight": "int8"}, skip=[]).plan(abstract_params(biased))
+    assert planned and all(path.endswith("/weight") for path in planned)
+
+
+# What a recipe may not say about a model
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*/query_proj/weight", "layers/7/*", "q_proj", "lm_head/weight", "*/input_layernorm/weight"],
+)
+def test_a_pattern_that_matches_no_matrix_is_an_error(dense, pattern):
+    rules = [{"match": "*", "weight": "int8"}, {"match": ["*/q_proj/*", pattern], "weight": "fp8"}]
+    with pytest.raises(UserError, match="matches no matrix") as error:
+        recipe(*rules).plan(dense)
+    assert repr(pattern) in str(error.value)
+    assert "layers/0/" in str(error.value)  # what paths look like
+    assert "lm_head/*" in str(error.value)  # what is skipped
+
+
+def test_a_router_is_no_matrix_that_may_be_quantized(moe):
+    with pytest.raises(UserError, match="router"):
+        recipe({"match": "*/router/weight", "weight": "int8"}).plan(moe)
+
+
+def test_a_quantized_model_is_not_quantized_again(dense):
+    weight = quantize_array(jnp.ones((32, 32)), "int8")
+    params = tree.replace(dense, {"layers/1/self_attn/q_proj/weight": weight})
+    with pytest.raises(UserError, match="layers/1/self_attn/q_proj/weight is already quantized"):
+        Recipe.load("nvfp4").plan(params)
+
+
+def test_quantized_weights_that_no_rule_would_touch_are_no_error(dense):
+    weight = quantize_array(jnp.ones((32, 32)), "int8")
+    params = tree.replace(dense, {"layers/1/self_attn/q_proj/weight": weight})
+    plan = recipe({"match": "layers/0/*", "weight": "nvfp4"}).plan(params)
+    assert len(plan) == 7
+
+
+# Reading files
+
+
+def test_a_file_reads_like_the_preset_it_copies(write):
+    path = write(
+        """
+        description: FP8 weights by output channel
+        rules:
+          - match: ["*"]
+            weight: {format: fp8, granularity: channel}
+            activation:
+              format: fp8
+              granularity: token
+            algorithm: rtn
+        skip: [lm_head/*, embed_tokens/*, "*/router/*"]
+        """
+    )
+    mine, preset = Recipe.load(path), Recipe.load("fp8_dynamic")
+    assert mine.name == "mine"
+    assert (mine.rules, mine.skip) == (preset.rules, preset.skip)
+
+
+def test_a_file_may_name_itself(write):
+    assert Recipe.load(write("{name: other, rules: [{match: '*', weight: fp8}]}")).name == "other"
+
+
+def test_a_format_may_be_written_short_or_long():
+    short, long = ({"match": "*", "weight": w} for w in ("nvfp4", {"format": "nvfp4"}))
+    assert recipe(short) == recipe(long)
+
+
+_RULE = "rules: [{match: '*', weight: fp8}]"
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        # unknown keys, at every depth
+        (_RULE + "\nrule: []", "unknown key 'rule'"),
+        ("rules: [{match: '*', weight: fp8, bits: 4}]", "unknown key 'rules.0.bits'"),
+        ("rules: [{match: '*', weight: {format: fp8, group: 4}}]", "rules.0.weight.group"),
+        (
+            "rules: [{match: '*', weight: fp8, activation: {format: fp8, static: true}}]",
+            "rules.0.activation.static",
+        ),
+        # missing keys
+        ("description: nothing else", "rules"),
+        ("rules: [{weight: fp8}]", "rules.0.match"),
+        ("rules: [{match: '*'}]", "rules.0.weight"),
+        ("rules: [{match: '*', weight: {block_size: 16}}]", "rules.0.weight.format"),
+        # wrong types
+        ("rules: nvfp4", "rules"),
+        ("rules: {match: '*', weight: fp8}", "rules"),
+        ("rules: [nvfp4]", "rules.0"),
+        ("rules: [{match: 7, weight: fp8}]", "rules.0.match"),
+        ("rules: [{match: '*', weight: 8}]", "rules.0.weight"),
+        ("rules: [{match: '*', weight: [fp8]}]", "rules.0.weight"),
+        (_RULE + "\nskip: 3", "skip"),
+        (_RULE + "\ndescription: [one, two]", "description"),
+        (_RULE + "\n7: seven", "7"),
+        (
+            "rules: [{match: '*', weight: {format: int4, block_size: many}}]",
+            "rules.0.weight.block_size",
+        ),
+        (
+            "rules: [{match: '*', weight: {format: int4, block_size: true}}]",
+            "rules.0.weight.block_size",
+        ),
+        (
+            "rules: [{match: '*', weight: {format: int4, block_size: 64.0}}]",
+            "rules.0.weight.block_size",
+        ),
+        (
+            "rules: [{match: '*', weight: {format: int4, symmetric: 0}}]",
+            "rules.0.weight.symmetric",
+        ),
+        # rules that could never match
+        ("rules: []", "rules"),
+        ("rules: [{match: [], weight: fp8}]", "rules.0.match"),
+        # values that do not exist, or do not go together
+        ("rules: [{match: '*', weight: fp7}]", "'fp7' is unknown; known are"),
+        ("rules: [{match: '*', weight: fp8, algorithm: magic}]", "rules.0.algorithm"),
+        (
+            "rules: [{match: '*', weight: {format: fp8, granularity: row}}]",
+            "rules.0.weight.granularity",
+        ),
+        ("rules: [{match: '*', weight: {format: nvfp4, granularity: tensor}}]", "granularity"),
+        ("rules: [{match: '*', weight: {format: mxfp4, block_size: 16}}]", "blocks of 32"),
+        ("rules: [{match: '*', weight: {format: int4, block_size: -8}}]", "block_size -8"),
+        ("rules: [{match: '*', weight: {format: int8, symmetric: false}}]", "symmetric"),
+        (
+            "rules: [{match: '*', weight: fp8, activation: {format: fp8, granularity: block2d}}]",
+            "block2d",
+        ),
+        (
+            "rules: [{match: '*', weight: fp8, activation: {format: int4, symmetric: false}}]",
+            "zero point",
+        ),
+        ("rules: [{match: '*', weight: null, activation: fp8}]", "needs a weight format"),
+        # not a recipe at all
+        ("rules: [", "not valid YAML"),
+        ("rules: \t[]", "not valid YAML"),
+        ("", "expected keys such as 'rules'"),
+        ("just a sentence", "expected keys such as 'rules'"),
+        ("- match: '*'", "expected keys such as 'rules'"),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong_in_it(write, text, problem):
+    path = write(text)
+    with pytest.raises(UserError) as error:
+        Recipe.load(path)
+    message = str(error.value)
+    assert path in message and problem in message
+    assert "\n" not in message
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="absent.yml: cannot be read"):
+        Recipe.load(tmp_path / "absent.yml")
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="binary.yaml: cannot be read"):
+        Recipe.load(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize("name", ["nvfp5", "NVFP4", "", "../recipes/fp8"])
+def test_an_unknown_name_lists_the_presets(name):
+    with pytest.raises(UserError) as error:
+        Recipe.load(name)
+    assert repr(name) in str(error.value)
+    assert all(preset in str(error.value) for preset in presets())
+
+
+# Overrides
+
+
+def test_overrides_set_values_of_any_type():
+    loaded = Recipe.load(
+        "int4",
+        [
+            "rules.0.weight.block_size=64",
+            "rules.0.weight.symmetric=false",
+            "rules.0.weight.scale_dtype=float16",
+            "rules.0.match=[layers/0/*, layers/1/*]",
+            "rules.0.activation={format: fp8, granularity: token}",
+            "description=a = b",
+            "skip=[]",
+        ],
+    )
+    (rule,) = loaded.rules
+    assert rule.weight is not None and rule.activation is not None
+    spec = rule.weight.spec()
+    assert (spec.block_size, spec.symmetric, spec.scale_dtype) == (64, False, "float16")
+    assert rule.match == ("layers/0/*", "layers/1/*")
+    assert rule.activation.spec().granularity == "channel"
+    assert (loaded.description, loaded.skip) == ("a = b", ())
+
+
+def test_an_override_may_take_something_away():
+    (rule,) = Recipe.load("nvfp4", ["rules.0.activation=null"]).rules
+    assert rule == Recipe.load("nvfp4_weight_only").rules[0]
+    (rule,) = Recipe.load("int4", ["rules.0.weight="]).rules  # no value is YAML's null
+    assert rule.weight is None
+
+
+def test_an_override_spells_out_a_shorthand():
+    (rule,) = Recipe.load("nf4", ["rules.0.weight.block_size=32"]).rules
+    assert rule.weight is not None
+    assert (rule.weight.format, rule.weight.spec().block_size) == ("nf4", 32)
+
+
+def test_overrides_apply_in_order_and_the_preset_stays_what_it_was():
+    overrides = [f"rules.0.weight.block_size={size}" for size in (16, 32)]
+    (rule,) = Recipe.load("int4", overrides).rules
+    assert rule.weight is not None and rule.weight.block_size == 32
+    (untouched,) = Recipe.load("int4").rules
+    assert untouched.weight is not None and untouched.weight.block_size == 128
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ("rules.0.weight.block_size", "key=value"),
+        ("=64", "key=value"),
+        ("rules.1.weight=fp8", "no '1' there"),
+        ("rules.first.weight=fp8", "no 'first' there"),
+        ("rules.-1.weight=fp8", "no '-1' there"),
+        ("rules.².weight=fp8", "no '²' there"),
+        ("rules.0.activation.format=fp8", "no 'activation' there"),
+        ("rule.0.weight=fp8", "no 'rule' there"),
+        ("rules.0=fp8", "ends inside a list"),
+        ("rules.0.weight.block_size.more=1", "'block_size' holds a value"),
+        ("rules.0.weight=[", "not valid YAML"),
+        # a path that exists nowhere, or a value that does not fit, is found by the recipe itself
+        ("rules.0.weight.blocksize=64", "unknown key 'rules.0.weight.blocksize'"),
+        ("bits=4", "unknown key 'bits'"),
+        ("rules.0.weight.block_size=wide", "rules.0.weight.block_size"),
+        ("rules.0.weight.symmetric=perhaps", "rules.0.weight.symmetric"),
+        ("rules.0.weight.format=int5", "'int5' is unknown"),
+    ],
+)
+def test_a_wrong_override_is_quoted_with_what_is_wrong_in_it(override, problem):
+    with pytest.raises(UserError) as error:
+        Recipe.load("int4", [override])
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["rules", "skip", "name"])
+def test_recipes_do_not_change(field):
+    with pytest.raises(ValueError, match="frozen"):
+        setattr(Recipe.load("fp8"), field, ())
