@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_models.errors import UserError
 from jaxopt_models.numerics import Scales, from_grid
 from jaxopt_models.qtensor import QTensor, unpack
 
@@ -85,6 +86,11 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _quantized_rows(tokens: jax.Array, table: QTensor) -> jax.Array:
     """Dequantizes only the rows that are looked up, float32."""
+    if table.pre_scale is not None or table.low_rank is not None:
+        raise UserError(
+            "an embedding table has no input that a pre_scale or low_rank correction could read; "
+            "leave embed_tokens out of algorithms that make them"
+        )
     spec = table.spec
     height = spec.tile(table.shape)[0]
 

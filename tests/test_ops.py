@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxopt_models.errors import UserError
 from jaxopt_models.formats import resolve
 from jaxopt_models.ops import embed, expert_linear, linear
 from jaxopt_models.qtensor import InputQuantizer, LowRank, fake_quant, quantize_array
@@ -195,3 +196,10 @@ def test_gradient_reaches_float_parts_of_a_leaf():
 
     grads = gradient(_random(14, 4, _K), _random(6, _N, _K))
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("correction", [{"smooth": True}, {"rank": 2}])
+def test_embedding_refuses_what_would_need_an_input(correction):
+    table = _with(_random(7, _N, _K), "int8", **correction)
+    with pytest.raises(UserError, match="an embedding table has no input"):
+        embed(jnp.arange(3), table, jnp.float32)
