@@ -221,8 +221,8 @@ def test_a_finished_row_is_frozen():
 
 @pytest.mark.parametrize(
     "config, name",
-    [(LLAMA, "int4"), (LLAMA, "nvfp4_weight_only"), (MODELS["mixtral"], "nf4")],
-    ids=["int4", "nvfp4", "mixtral-nf4"],
+    [(LLAMA, "nvfp4_weight_only"), (MODELS["mixtral"], "nf4")],
+    ids=["nvfp4", "mixtral-nf4"],
 )
 def test_a_quantized_model_says_what_its_dequantized_self_says(config, name):
     qparams, _ = quantize(Model(config, params(config)), Recipe.load(name))

@@ -16,11 +16,16 @@ import pytest
 from scipy import stats
 
 from jaxopt_models.errors import UserError
-from jaxopt_models.sampling import keep_most_likely, make_sampler, position_noise
+from jaxopt_models.sampling import Sampler, keep_most_likely, make_sampler, position_noise
 
 RISK = 1e-6
 DRAWS = 40_000
 LOGITS = np.array([2.0, 1.5, 1.0, 0.9, 0.5, 0.0, -0.3, -0.8, -1.0, -1.3], np.float32)
+
+
+@jax.jit
+def call(sampler: Sampler, logits: jax.Array, positions: jax.Array) -> jax.Array:
+    return sampler(logits, positions)
 
 
 @functools.cache
@@ -30,7 +35,7 @@ def draw(temperature: float, top_k: int, top_p: float, seed: int = 0) -> np.ndar
     sampler = make_sampler(1, key=jax.random.key(seed), **options)
     logits = jnp.broadcast_to(LOGITS, (1, DRAWS, LOGITS.size))
     positions = jnp.arange(DRAWS, dtype=jnp.int32)[None]
-    return np.asarray(jax.jit(lambda s: s(logits, positions))(sampler))[0]
+    return np.asarray(call(sampler, logits, positions))[0]
 
 
 def kept(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
@@ -94,7 +99,7 @@ def test_neighbouring_tokens_are_independent(apart):
     sampler = make_sampler(shape[0], temperature=1.0)
     logits = jnp.broadcast_to(LOGITS[:5], (*shape, 5))
     positions = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32), shape)
-    tokens = np.asarray(sampler(logits, positions)).ravel()
+    tokens = np.asarray(call(sampler, logits, positions)).ravel()
     table = np.zeros((5, 5))
     np.add.at(table, (tokens[:-1], tokens[1:]), 1)
     result: Any = stats.chi2_contingency(table)
@@ -155,7 +160,7 @@ def mixed_logits() -> tuple[jax.Array, jax.Array]:
 
 
 def sample(**options) -> np.ndarray:
-    return np.asarray(make_sampler(4, **options)(*mixed_logits()))
+    return np.asarray(call(make_sampler(4, **options), *mixed_logits()))
 
 
 def test_each_row_has_its_own_settings():
