@@ -33,7 +33,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     evaluation = _batches(model, "evaluation")
     original = reference(model.config, model.params, evaluation, report.progress)
     rows: list[tuple[str, Metrics, float | None]] = [
-        ("bf16 (original)", evaluate(model.config, model.params, evaluation, original), None)
+        ("original (bf16)", evaluate(model.config, model.params, evaluation, original), None)
     ]
     kept: Any = None
     for name in report.progress(presets(), "quantizing and evaluating"):

@@ -74,7 +74,14 @@ def worst_tensors_table(report: Report, count: int = 5) -> Table:
 
 def _table(title: str, name: str, columns: Sequence[str]) -> Table:
     """An empty table: names on the left, figures on the right."""
-    table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column(name, justify="left", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
