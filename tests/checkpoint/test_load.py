@@ -27,7 +27,7 @@ def test_a_directory_of_safetensors(golden, golden_run, write_checkpoint):
     assert model.tokenizer("b").input_ids == [1]
     tokens, logits = golden_run("qwen2")
     out = forward(model.config, model.params, jnp.asarray(tokens))
-    np.testing.assert_allclose(out, logits, atol=2e-5)
+    np.testing.assert_allclose(out, logits, atol=1e-4)
 
 
 def test_a_directory_without_tokenizer(golden, write_checkpoint):
