@@ -15,7 +15,7 @@ from jaxopt_models.data import token_arrays
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import block
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import embed_tokens, final_norm
+from jaxopt_models.models.transformer import embed_tokens, final_norm, positions_of
 from jaxopt_models.progress import Progress, silent
 
 
@@ -69,8 +69,7 @@ def _observe(
     config: ModelConfig, layer: Any, x: jax.Array, kind: Any, names: frozenset[str]
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """One layer forward, its wanted inputs reduced to their amax before they are stored."""
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
-    x, _, taps = block(config, layer, x, positions, kind=kind, wanted=names)
+    x, _, taps = block(config, layer, x, positions_of(x), kind=kind, wanted=names)
     return x, {name: jnp.max(jnp.abs(t)).astype(jnp.float32) for name, t in taps.items()}
 
 

@@ -14,7 +14,7 @@ Granularity = Literal["tensor", "channel", "block", "block2d"]
 class Format:
     """An element with the way its scales are shared by default.
 
-    `two_level` scales are an E4M3 number a block under one float32 number a tensor; `power_of_two`
+    E4M3 scales lie under one float32 number a tensor ("two levels"); `power_of_two`
     scales are E8M0; otherwise a scale is one number of `scale_dtype`.
     """
 
@@ -23,10 +23,6 @@ class Format:
     block_size: int = 0
     scale_dtype: str = "float32"
     choices: tuple[Granularity, ...] = ("block",)
-
-    @property
-    def two_level(self) -> bool:
-        return self.scale_dtype == "float8_e4m3fn"
 
     @property
     def power_of_two(self) -> bool:
@@ -88,6 +84,10 @@ class QuantSpec:
     @property
     def two_level(self) -> bool:
         return self.scale_dtype == "float8_e4m3fn"
+
+    @property
+    def power_of_two(self) -> bool:
+        return self.scale_dtype == "float8_e8m0fnu"
 
     def tile(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Extent of the values under one scale, an entry for each axis of an array of `shape`."""

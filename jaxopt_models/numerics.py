@@ -119,7 +119,7 @@ def scales_from_amax(tiles: jax.Array, spec: QuantSpec, overall: jax.Array | Non
         global_scale = lax.optimization_barrier(jnp.where(overall == 0, 1.0, raw))
         block = E4M3.round(jnp.clip(divide(tiles, largest * global_scale), 2.0**-9, E4M3.largest))
         return Scales(E4M3.encode(jnp.where(tiles == 0, 1.0, block)), global_scale)
-    if spec.scale_dtype == "float8_e8m0fnu":
+    if spec.power_of_two:
         return Scales(_to_e8m0(jnp.where(tiles == 0, 0, _mx_exponent(tiles, spec))))
     raw = jnp.where(tiles == 0, 1.0, jnp.maximum(divide(tiles, largest), _TINY))
     scale = lax.optimization_barrier(_round_scale(raw, spec.scale_dtype))
@@ -132,7 +132,7 @@ def scales_from_amax(tiles: jax.Array, spec: QuantSpec, overall: jax.Array | Non
 
 def real_scale(scales: Scales, spec: QuantSpec) -> jax.Array:
     """Both levels multiplied out, float32, one number a tile."""
-    if spec.scale_dtype == "float8_e8m0fnu":
+    if spec.power_of_two:
         return _from_e8m0(scales.scale)
     scale = scales.scale.astype(jnp.float32)
     return scale if scales.global_scale is None else scale * scales.global_scale

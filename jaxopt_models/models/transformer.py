@@ -114,7 +114,7 @@ def forward(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
 
 def hidden_states(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """What the output head reads: the residual stream after the final norm, [B, T, D]."""
-    x, positions = embed_tokens(config, params, tokens), _positions(tokens)
+    x, positions = embed_tokens(config, params, tokens), positions_of(tokens)
     for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
         x, _, _ = block(config, layer, x, positions, kind=kind)
     return final_norm(config, params, x)
@@ -139,7 +139,7 @@ def forward_with_taps(
       UserError: for a tap that names nothing.
     """
     wanted = _matching_taps(config, params, tokens, tuple(taps))
-    x, positions = embed_tokens(config, params, tokens), _positions(tokens)
+    x, positions = embed_tokens(config, params, tokens), positions_of(tokens)
     saved = {"embed_tokens/output": x}
     for i, (kind, layer) in enumerate(zip(config.attention_kinds, params["layers"], strict=True)):
         prefix = f"layers/{i}/"
@@ -159,7 +159,7 @@ def _matching_taps(
     for i, (kind, layer) in enumerate(zip(config.attention_kinds, params["layers"], strict=True)):
 
         def trace(layer: Any, x: jax.Array, kind=kind) -> Any:
-            return block(config, layer, x, _positions(tokens), kind=kind, wanted=None)[2]
+            return block(config, layer, x, positions_of(tokens), kind=kind, wanted=None)[2]
 
         names |= {f"layers/{i}/{name}" for name in jax.eval_shape(trace, layer, x)}
     for pattern in patterns:
@@ -181,7 +181,7 @@ def prefill(
     Returns:
       (float32 [B, V] logits after each prompt's last token, cache).
     """
-    x, cache = _cached(config, params, tokens, _positions(tokens), cache)
+    x, cache = _cached(config, params, tokens, positions_of(tokens), cache)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return logits(config, params, final_norm(config, params, last))[:, 0], cache
 
@@ -233,5 +233,6 @@ def _cached(
     return x, tuple(layers)
 
 
-def _positions(tokens: jax.Array) -> jax.Array:
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+def positions_of(x: jax.Array) -> jax.Array:
+    """Positions 0..T-1 of each row of tokens [B, T] or of a stream [B, T, D]: int32 [B, T]."""
+    return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])

@@ -32,13 +32,11 @@ def round_to_nearest(
     """
     quantize = partial(quantize_array, format=spec)
     if weight.ndim == 3:
-        stacked = (weight,) if amax is None else (weight, amax)
-        leaf = jax.vmap(lambda w, *a: quantize(w, amax=a[0] if a else None))(*stacked)
-        restored = jax.vmap(lambda q: q.dequantize(jnp.float32))(leaf)
+        leaf = jax.vmap(lambda w, a: quantize(w, amax=a))(weight, amax)
     else:
         leaf = quantize(weight, amax=amax)
-        restored = leaf.dequantize(jnp.float32)
-    exact = weight.astype(jnp.float32)
+    # Restored as the forward pass does it, so that the error is that of what will be computed.
+    exact, restored = weight.astype(jnp.float32), leaf.dequantize(jnp.float32)
     norm = jnp.linalg.norm(exact.reshape(-1))
     error = jnp.linalg.norm((exact - restored).reshape(-1)) / jnp.where(norm == 0, 1.0, norm)
     return leaf, error
