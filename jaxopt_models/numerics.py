@@ -85,20 +85,34 @@ def find_scales(x: jax.Array, spec: QuantSpec, amax: jax.Array | None = None) ->
       amax: a calibrated magnitude instead of that of `x`: the global one (a scalar) for two-level
         scales and for granularity "tensor", else one a tile.
     """
+    if not spec.symmetric:
+        return scales_from_range(*tile_range(x, spec), spec)
+    tiles, overall = tile_amax(x, spec, amax)
+    return scales_from_amax(tiles, spec, overall)
+
+
+def tile_amax(
+    x: jax.Array, spec: QuantSpec, amax: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """What `scales_from_amax` takes, of an array: (amax of each tile, amax of the whole or None).
+
+    `amax` is as for `find_scales`.
+    """
     x = _normal_f32(x)
     tile = spec.tile(x.shape)
-    if not spec.symmetric:
-        return _asymmetric_scales(x, tile, spec)
-    ones = (1,) * x.ndim
-    whole = spec.two_level or spec.granularity == "tensor"
     if amax is None:
-        overall, tiles = None, tile_reduce(jnp.abs(x), tile)
-    elif whole:
-        overall = jnp.broadcast_to(amax.astype(jnp.float32), ones) if amax.ndim == 0 else amax
-        tiles = tile_reduce(jnp.abs(x), tile) if spec.two_level else overall
-    else:
-        overall, tiles = None, amax.astype(jnp.float32)
-    return scales_from_amax(tiles, spec, overall)
+        return tile_reduce(jnp.abs(x), tile), None
+    if not (spec.two_level or spec.granularity == "tensor"):
+        return amax.astype(jnp.float32), None
+    ones = (1,) * x.ndim
+    overall = jnp.broadcast_to(amax.astype(jnp.float32), ones) if amax.ndim == 0 else amax
+    return (tile_reduce(jnp.abs(x), tile) if spec.two_level else overall), overall
+
+
+def tile_range(x: jax.Array, spec: QuantSpec) -> tuple[jax.Array, jax.Array]:
+    """What `scales_from_range` takes, of an array: (least, largest) value of each tile."""
+    x, tile = _normal_f32(x), spec.tile(x.shape)
+    return tile_reduce(x, tile, jnp.min), tile_reduce(x, tile, jnp.max)
 
 
 def scales_from_amax(tiles: jax.Array, spec: QuantSpec, overall: jax.Array | None = None) -> Scales:
@@ -130,12 +144,46 @@ def scales_from_amax(tiles: jax.Array, spec: QuantSpec, overall: jax.Array | Non
     return Scales(scale, inverse=lax.optimization_barrier(inverse))
 
 
+def scales_from_range(low: jax.Array, high: jax.Array, spec: QuantSpec) -> Scales:
+    """scale = (high - low) / 15 and zero_point = -8 - round(low / scale), with low <= 0 <= high.
+
+    Args:
+      low, high: float32 least and largest value of each tile; the range is widened to hold zero.
+    """
+    low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+    bottom = spec.element.lowest
+    raw = jnp.maximum(divide(high, 15.0) - divide(low, 15.0), _TINY)
+    raw = jnp.where(high == low, 1.0, jnp.where(jnp.isfinite(raw), raw, jnp.nan))
+    scale = lax.optimization_barrier(_round_scale(raw, spec.scale_dtype))
+    zero = spec.element.round(bottom - jnp.round(divide(low, scale.astype(jnp.float32))))
+    return Scales(scale, None, jnp.where(high == low, 0.0, zero).astype(jnp.int8))
+
+
 def real_scale(scales: Scales, spec: QuantSpec) -> jax.Array:
     """Both levels multiplied out, float32, one number a tile."""
     if spec.power_of_two:
         return _from_e8m0(scales.scale)
     scale = scales.scale.astype(jnp.float32)
     return scale if scales.global_scale is None else scale * scales.global_scale
+
+
+def inverse_scale(scales: Scales, spec: QuantSpec) -> jax.Array:
+    """What values are multiplied with on their way to the grid, float32, one number a tile."""
+    if scales.inverse is not None:
+        return scales.inverse
+    return lax.optimization_barrier(divide(1.0, real_scale(scales, spec)))
+
+
+def expand(scales: Scales, spec: QuantSpec, shape: tuple[int, ...]) -> Scales:
+    """The same scales with an entry for each value of an array of `shape`.
+
+    Rows and columns of an array and of its expanded scales may be taken apart and reordered:
+    `to_grid` and `from_grid` of a part are that part of the whole, bit for bit.
+    """
+    scale = scales.scale if spec.power_of_two else real_scale(scales, spec)
+    one_level = Scales(scale, None, scales.zero_point, inverse_scale(scales, spec))
+    tile = spec.tile(shape)
+    return jax.tree.map(lambda entries: tile_expand(entries, tile, shape), one_level)
 
 
 def to_grid(x: jax.Array, scales: Scales, spec: QuantSpec) -> jax.Array:
@@ -156,24 +204,9 @@ def from_grid(grid: jax.Array, scales: Scales, spec: QuantSpec) -> jax.Array:
     return grid * tile_expand(real_scale(scales, spec), tile, grid.shape)
 
 
-def _asymmetric_scales(x: jax.Array, tile: tuple[int, ...], spec: QuantSpec) -> Scales:
-    """scale = (max - min) / 15 and zero_point = -8 - round(min / scale), with min <= 0 <= max."""
-    low = jnp.minimum(tile_reduce(x, tile, jnp.min), 0.0)
-    high = jnp.maximum(tile_reduce(x, tile, jnp.max), 0.0)
-    bottom = spec.element.lowest
-    raw = jnp.maximum(divide(high, 15.0) - divide(low, 15.0), _TINY)
-    raw = jnp.where(high == low, 1.0, jnp.where(jnp.isfinite(raw), raw, jnp.nan))
-    scale = lax.optimization_barrier(_round_scale(raw, spec.scale_dtype))
-    zero = spec.element.round(bottom - jnp.round(divide(low, scale.astype(jnp.float32))))
-    return Scales(scale, None, jnp.where(high == low, 0.0, zero).astype(jnp.int8))
-
-
 def _scaled(x: jax.Array, scales: Scales, spec: QuantSpec) -> jax.Array:
     """`x / scale`, float32, before rounding: a product with the reciprocal, one a tile."""
-    inverse = scales.inverse
-    if inverse is None:
-        inverse = lax.optimization_barrier(divide(1.0, real_scale(scales, spec)))
-    return x * tile_expand(inverse, spec.tile(x.shape), x.shape)
+    return x * tile_expand(inverse_scale(scales, spec), spec.tile(x.shape), x.shape)
 
 
 def _round_scale(scale: jax.Array, dtype: str) -> jax.Array:

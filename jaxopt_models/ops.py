@@ -9,10 +9,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.hadamard import hadamard
 from jaxopt_models.numerics import Scales, from_grid
-from jaxopt_models.qtensor import QTensor, unpack
+from jaxopt_models.qtensor import DenseTensor, QTensor, unpack
+from jaxopt_models.tree import WeightLeaf
+
+
+@struct.dataclass
+class Probe(WeightLeaf):
+    """A weight with something added to its product: dL/d(delta) is the gradient of the product.
+
+    Attributes:
+      weight: leaf standing for [..., N, K].
+      delta: float32 [..., N], of the product's shape.
+    """
+
+    weight: Any
+    delta: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
 
 
 def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None) -> jax.Array:
@@ -64,12 +84,18 @@ def _product(
 ) -> jax.Array:
     """Dispatch on the leaf kind; `dot` contracts the last axes into float32.
 
+        z = hadamard(x · pre_scale, rotate),    Q(z) Ŵᵀ + (z downᵀ) upᵀ
+
     Quantized leaves are dequantized and multiplied, which runs on every backend.
     """
-    if not isinstance(weight, QTensor):
+    if isinstance(weight, Probe):
+        return _product(x, weight.weight, dot) + weight.delta
+    if not isinstance(weight, QTensor | DenseTensor):
         return dot(x, weight.astype(x.dtype))
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    if weight.rotate:
+        x = hadamard(x, weight.rotate)
     quantized = x if weight.input is None else weight.input(x)
     out = dot(quantized, weight.dequantize(x.dtype))
     if weight.low_rank is not None:
@@ -86,10 +112,10 @@ def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 def _quantized_rows(tokens: jax.Array, table: QTensor) -> jax.Array:
     """Dequantizes only the rows that are looked up, float32."""
-    if table.pre_scale is not None or table.low_rank is not None:
+    if table.pre_scale is not None or table.low_rank is not None or table.rotate:
         raise UserError(
-            "an embedding table has no input that a pre_scale or low_rank correction could read; "
-            "leave embed_tokens out of algorithms that make them"
+            "an embedding table has no input that a pre_scale, a rotation or a low_rank correction "
+            "could read; leave embed_tokens out of algorithms that make them"
         )
     spec = table.spec
     height = spec.tile(table.shape)[0]

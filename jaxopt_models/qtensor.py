@@ -15,6 +15,7 @@ from flax import struct
 from jax.core import Tracer
 
 from jaxopt_models import numerics, packing
+from jaxopt_models.block_search import Search, find_block_scales
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import QuantSpec, resolve
 from jaxopt_models.numerics import Scales
@@ -31,14 +32,16 @@ class InputQuantizer:
       amax: float32 scalar, the calibrated magnitude of a static scale; None takes the scale of each
         token from the token itself. NVFP4 and MX block scales always come from the block.
       spec: the number format; static.
+      search: how block scales are chosen; static, see `block_search`.
     """
 
     amax: jax.Array | None
     spec: QuantSpec = struct.field(pytree_node=False)
+    search: Search = struct.field(pytree_node=False, default="max")
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Activations [..., K] rounded to the format, same dtype, straight-through gradient."""
-        return _straight_through(x, self.amax, self.spec, "identity")
+        return _straight_through(x, self.amax, self.spec, "identity", self.search)
 
 
 @struct.dataclass
@@ -68,12 +71,15 @@ class QTensor(WeightLeaf):
       scale: one a tile, in `spec.scale_dtype`.
       global_scale: float32 with all extents 1, second level of the scale; None for one level.
       zero_point: int8 like `scale`; None for symmetric formats.
-      pre_scale: [K], multiplies the *input* of the product before it is quantized; None is 1.
-      low_rank: correction added to the product; None is 0.
+      pre_scale: [K], multiplies the *input* of the product before all else; None is 1.
+      low_rank: correction added to the product, of the input before its quantizer; None is 0.
       input: quantizer of the product's input; None leaves it alone.
       spec: number format; static.
       dtype: dtype of the array that was quantized, and the one `dequantize` returns; static.
       pad: codes added behind the last axis to fill a byte; static, 0 but for odd sizes.
+      rotate: block of a Hadamard rotation (`hadamard`) of the input, after `pre_scale` and before
+        `low_rank` and `input`; static, 0 is none. What is stored is the weight of the rotated
+        space, `hadamard(W / pre_scale, rotate)`, and `dequantize` returns that.
     """
 
     codes: jax.Array
@@ -86,6 +92,7 @@ class QTensor(WeightLeaf):
     spec: QuantSpec = struct.field(pytree_node=False, kw_only=True)
     dtype: str = struct.field(pytree_node=False, default="float32", kw_only=True)
     pad: int = struct.field(pytree_node=False, default=0, kw_only=True)
+    rotate: int = struct.field(pytree_node=False, default=0, kw_only=True)
 
     @property
     def scales(self) -> Scales:
@@ -119,6 +126,38 @@ class QTensor(WeightLeaf):
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that the codes stand for, in float32 arithmetic, cast to `dtype`."""
         return dequantize(self, dtype)
+
+
+@struct.dataclass
+class DenseTensor(WeightLeaf):
+    """A float weight behind the input steps of a `QTensor`, for optimising what it will become.
+
+    Attributes:
+      weight: [..., N, K], of the rotated space.
+      pre_scale, low_rank, input, rotate: as in `QTensor`.
+    """
+
+    weight: jax.Array
+    pre_scale: jax.Array | None = None
+    low_rank: LowRank | None = None
+    input: InputQuantizer | None = None
+    rotate: int = struct.field(pytree_node=False, default=0, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.weight.ndim
+
+    @property
+    def size(self) -> int:
+        return self.weight.size
+
+    def dequantize(self, dtype: Any = None) -> jax.Array:
+        """The weight in `dtype`."""
+        return self.weight.astype(dtype or self.weight.dtype)
 
 
 def quantize_array(
@@ -226,26 +265,30 @@ def fake_quant(
     if gradient not in ("identity", "clip"):
         raise UserError(f"gradient {gradient!r} is unknown; choose 'identity' or 'clip'")
     amax = None if amax is None else jnp.asarray(amax, jnp.float32)
-    return _straight_through(_checked(x, spec), amax, spec, gradient)
+    return _straight_through(_checked(x, spec), amax, spec, gradient, "max")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _straight_through(
-    x: jax.Array, amax: jax.Array | None, spec: QuantSpec, gradient: Gradient
+    x: jax.Array,
+    amax: jax.Array | None,
+    spec: QuantSpec,
+    gradient: Gradient,
+    search: Search = "max",
 ) -> jax.Array:
-    scales = numerics.find_scales(x, spec, amax)
+    scales = find_block_scales(x, spec, amax, search)
     return numerics.from_grid(numerics.to_grid(x, scales, spec), scales, spec).astype(x.dtype)
 
 
-def _forward(x, amax, spec, gradient):
+def _forward(x, amax, spec, gradient, search):
     inside = None
     if gradient == "clip":
-        scales = numerics.find_scales(x, spec, amax)
+        scales = find_block_scales(x, spec, amax, search)
         inside = numerics.representable(x, scales, spec)
-    return _straight_through(x, amax, spec, gradient), (inside, amax)
+    return _straight_through(x, amax, spec, gradient, search), (inside, amax)
 
 
-def _backward(spec, gradient, residuals, cotangent):
+def _backward(spec, gradient, search, residuals, cotangent):
     inside, amax = residuals
     grad = cotangent if inside is None else jnp.where(inside, cotangent, jnp.zeros_like(cotangent))
     return grad, None if amax is None else jnp.zeros_like(amax)

@@ -12,7 +12,9 @@ weight [..., N, K] that a leaf stands for, and each array of the leaf gets what 
     global_scale, input          replicated
 
 An array's axis is left whole where splitting it would cut unevenly or through a tile of values
-that share a scale or a byte, so any rule gives correct results on any mesh.
+that share a scale or a byte, so any rule gives correct results on any mesh. A boundary may cut a
+block that is rotated (`QTensor.rotate`): devices then exchange inputs, which costs less than a
+weight on each of them.
 
 Reference: Shoeybi et al. 2019, arXiv:1909.08053.
 """

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import resolve
+from jaxopt_models.hadamard import hadamard
 from jaxopt_models.ops import embed, expert_linear, linear
 from jaxopt_models.qtensor import InputQuantizer, LowRank, fake_quant, quantize_array
 
@@ -19,7 +21,7 @@ def _random(seed, *shape):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def _with(weight, format, static=None, dynamic=None, smooth=False, rank=None, **options):
+def _with(weight, format, static=None, dynamic=None, smooth=False, rotate=0, rank=None, **options):
     """A quantized leaf; `static` is a format and the amax of its input, `rank` a correction's."""
     leaf = quantize_array(weight, format, **options)
     quantizer = (
@@ -32,7 +34,7 @@ def _with(weight, format, static=None, dynamic=None, smooth=False, rank=None, **
         jnp.asarray(_random(1, *lead, rank, k)), jnp.asarray(_random(2, *lead, n, rank))
     )
     pre_scale = jnp.asarray(1 + _random(3, k) ** 2) if smooth else None
-    return replace(leaf, input=quantizer, pre_scale=pre_scale, low_rank=low_rank)
+    return replace(leaf, input=quantizer, pre_scale=pre_scale, low_rank=low_rank, rotate=rotate)
 
 
 _LEAVES = {
@@ -47,15 +49,23 @@ _LEAVES = {
     "dynamic input": lambda w: _with(w, "int8", dynamic="int8"),
     "micro input": lambda w: _with(w, "nvfp4", static=("nvfp4", 3.0)),
     "smoothed": lambda w: _with(w, "int4", smooth=True),
-    "all": lambda w: _with(w, "nvfp4", smooth=True, rank=3, dynamic="int8"),
+    "rotated": lambda w: _with(w, "int8", rotate=2),
+    "all": lambda w: _with(w, "nvfp4", smooth=True, rotate=2, rank=3, dynamic="int8"),
 }
 
 
+def _rotation(block):
+    """The block-diagonal matrix [K, K] of an online rotation."""
+    return jnp.asarray(np.kron(np.eye(_K // block), scipy.linalg.hadamard(block)), jnp.float32)
+
+
 def _formula(x, leaf, bias):
-    """Q(x · s) Wᵀ + (x · s) downᵀ upᵀ + b, written out."""
+    """Q(z) Wᵀ + z downᵀ upᵀ + b with z = (x · s) H / √block, written out."""
     if not hasattr(leaf, "spec"):
         return x @ leaf.astype(jnp.float32).T + bias
     smooth = x if leaf.pre_scale is None else x * jnp.broadcast_to(leaf.pre_scale, x.shape)
+    if leaf.rotate:
+        smooth = smooth @ _rotation(leaf.rotate) / jnp.sqrt(jnp.float32(leaf.rotate))
     quantized = smooth
     if leaf.input is not None and x.size:
         quantized = fake_quant(smooth, leaf.input.spec, amax=leaf.input.amax)
@@ -80,6 +90,29 @@ def test_linear_is_its_formula(kind):
     np.testing.assert_allclose(out, without_bias, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("block", [16, 64])
+def test_a_rotation_and_its_inverse_cancel(block):
+    """For a weight that 8 bits hold exactly once it is rotated, the leaf is the plain product."""
+    grid = np.random.default_rng(8).integers(-126, 127, (_N, 128)).astype(np.float32)
+    grid[:, 0] = 127
+
+    @jax.jit
+    def both(x, grid):
+        weight = hadamard(grid / 64, block)
+        leaf = quantize_array(hadamard(weight, block), "int8", granularity="channel")
+        return linear(x, replace(leaf, rotate=block)), linear(x, weight), leaf.unpack()
+
+    rotated, plain, codes = both(_random(4, 3, 128), grid)
+    assert np.array_equal(codes, grid)
+    np.testing.assert_allclose(rotated, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_a_rotation_that_does_not_fit_is_named():
+    leaf = replace(quantize_array(jnp.ones((_N, _K)), "int8"), rotate=16)
+    with pytest.raises(UserError, match="of 70 channels has no block of 16"):
+        linear(jnp.ones((2, _K)), leaf)
+
+
 def test_linear_accumulates_in_float32_and_keeps_the_dtype_of_its_input():
     """4096 products of 1: a bfloat16 sum would stop growing at 256."""
 
@@ -96,7 +129,7 @@ _EXPERTS = {
     "array": lambda w: w,
     "fp8": lambda w: quantize_array(w, "fp8", granularity="channel"),
     "nvfp4": lambda w: jax.vmap(lambda e: quantize_array(e, "nvfp4"))(w),
-    "all": lambda w: _with(w, "mxfp4", smooth=True, rank=3, dynamic="int8"),
+    "all": lambda w: _with(w, "mxfp4", smooth=True, rotate=2, rank=3, dynamic="int8"),
 }
 
 
@@ -176,6 +209,7 @@ def test_gradient_reaches_the_input(kind):
         expected = upstream @ (leaf.dequantize() if hasattr(leaf, "spec") else leaf)
         if kind == "all":
             expected = expected + upstream @ leaf.low_rank.up @ leaf.low_rank.down
+            expected = hadamard(expected, leaf.rotate)
             expected = expected * jnp.broadcast_to(leaf.pre_scale, expected.shape)
         return grad, expected
 
@@ -198,7 +232,7 @@ def test_gradient_reaches_float_parts_of_a_leaf():
     assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("correction", [{"smooth": True}, {"rank": 2}])
+@pytest.mark.parametrize("correction", [{"smooth": True}, {"rotate": 2}, {"rank": 2}])
 def test_embedding_refuses_what_would_need_an_input(correction):
     table = _with(_random(7, _N, _K), "int8", **correction)
     with pytest.raises(UserError, match="an embedding table has no input"):

@@ -682,3 +682,13 @@ def test_a_leaf_is_a_pytree_with_static_format():
     assert jax.tree.structure(q) == jax.tree.structure(_abstract((7, 48), "nvfp4"))
     assert jax.tree.structure(q) != jax.tree.structure(_abstract((2, 32), "mxfp4"))
     assert hash(q.spec) == hash(resolve("nvfp4"))
+
+
+def test_a_rotation_is_static_and_stores_nothing():
+    """The codes are those of the rotated weight, and so is what they are restored to."""
+    q = quantize_array(_gaussian((2, 32)), "int8")
+    rotated = replace(q, rotate=16)
+    assert (q.rotate, rotated.rotate, rotated.weight_bits) == (0, 16, q.weight_bits)
+    assert jax.tree.structure(q) != jax.tree.structure(rotated)
+    assert jax.jit(lambda leaf: jax.tree.map(lambda a: a, leaf))(rotated).rotate == 16
+    assert same_bits(rotated.dequantize(), q.dequantize())

@@ -1,9 +1,10 @@
 """Writes models for other programs: Hugging Face directories of safetensors.
 
 Layout "bf16" holds weights and nothing else: a quantized weight becomes the bfloat16 rounding of
-what it computes with, `(dequantize(codes) + up @ down) * pre_scale`, so its low-rank correction and
-the scale of its inputs are folded in. How inputs are rounded at run time (`QTensor.input`) has no
-place in such a directory and is left out: logits differ from the quantized model's by that much.
+what it computes with, `hadamard(dequantize(codes) + up @ down) * pre_scale`, so its low-rank
+correction and the scale and rotation of its inputs are folded in. How inputs are rounded at run
+time (`QTensor.input`) and how keys and values are stored (`kv_cache`) have no place in such a
+directory and are left out: logits differ from the quantized model's by that much.
 """
 
 import dataclasses
@@ -21,6 +22,8 @@ from jaxopt_models.checkpoint.hf_names import hf_names
 from jaxopt_models.checkpoint.safetensors import write_sharded
 from jaxopt_models.checkpoint.weights import as_weight
 from jaxopt_models.errors import UserError
+from jaxopt_models.hadamard import hadamard
+from jaxopt_models.kv_quantizer import without_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import abstract_params
@@ -58,7 +61,7 @@ def export_hf(
     target = Path(directory).expanduser().resolve()
     if target.exists():
         raise UserError(f"{target}: already exists; choose another directory")
-    params = model.params if params is None else params
+    params = without_kv_cache(model.params if params is None else params)
     # The tree decides whether there is a head of its own: training or a transform may untie it.
     tied = "lm_head" not in params
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)
@@ -123,6 +126,8 @@ def _effective_weight(leaf: Any) -> jax.Array:
     if leaf.low_rank is not None:
         up, down = (part.astype(jnp.float32) for part in (leaf.low_rank.up, leaf.low_rank.down))
         weight = weight + jnp.matmul(up, down, precision="highest")
+    if leaf.rotate:
+        weight = hadamard(weight, leaf.rotate)
     if leaf.pre_scale is not None:
         columns = leaf.pre_scale.astype(jnp.float32)
         weight = weight * columns.reshape((1,) * (weight.ndim - 1) + (-1,))

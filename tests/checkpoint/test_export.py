@@ -18,6 +18,7 @@ from jaxopt_models.checkpoint.export import export_hf
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.safetensors import DTYPES, open_index
 from jaxopt_models.errors import UserError
+from jaxopt_models.hadamard import hadamard
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import forward, init
@@ -92,8 +93,8 @@ def test_reading_it_back_gives_the_logits_of_transformers(name, golden_model, go
     np.testing.assert_allclose(forward(config, params, jnp.asarray(tokens)), logits, atol=1e-4)
 
 
-def quantized(weight, format, **options):
-    """A leaf with a correction and input scales, on top of the format."""
+def quantized(weight, format, rotate=0, **options):
+    """A leaf with a correction, a rotation and input scales, on top of the format."""
     keys = jax.random.split(jax.random.key(1), 3)
     *lead, rows, columns = weight.shape
     down = jax.random.normal(keys[0], (*lead, 2, columns)) * 0.1
@@ -102,6 +103,7 @@ def quantized(weight, format, **options):
         jax.jit(partial(quantize_array, format=format, **options))(weight),
         pre_scale=jax.random.uniform(keys[2], (columns,), minval=0.5, maxval=2.0),
         low_rank=LowRank(down, up.astype(jnp.bfloat16)),
+        rotate=rotate,
     )
 
 
@@ -112,10 +114,10 @@ FORMATS = {
 }
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_quantized_leaves_become_what_they_compute(format, model, tmp_path):
+@pytest.mark.parametrize(("format", "rotate"), [*((name, 0) for name in FORMATS), ("fp8", 16)])
+def test_quantized_leaves_become_what_they_compute(format, rotate, model, tmp_path):
     weights = select(model.params, (DENSE, EXPERTS))
-    leaves = {path: quantized(w, format, **FORMATS[format]) for path, w in weights.items()}
+    leaves = {path: quantized(w, format, rotate, **FORMATS[format]) for path, w in weights.items()}
     export_hf(tmp_path / "out", model, replace(model.params, leaves))
     exported = select(read_back(tmp_path / "out")[1], (DENSE, EXPERTS))
 
@@ -141,6 +143,17 @@ def test_a_plain_quantized_leaf_is_its_dequantization(model, tmp_path):
     export_hf(tmp_path / "out", model, replace(model.params, {DENSE: q}))
     found = read_back(tmp_path / "out")[1]["layers"][0]["self_attn"]["q_proj"]["weight"]
     np.testing.assert_array_equal(found, q.dequantize(jnp.bfloat16))
+
+
+def test_a_rotated_leaf_becomes_the_weight_it_was_made_of(model, tmp_path):
+    weight = model.params["layers"][0]["self_attn"]["q_proj"]["weight"].astype(jnp.float32)
+    scale = jnp.linspace(0.5, 2, weight.shape[1])
+    q = quantize_array(hadamard(weight / scale[None], 32), "int8", granularity="channel")
+    leaf = dataclasses.replace(q, pre_scale=scale, rotate=32)
+    export_hf(tmp_path / "out", model, replace(model.params, {DENSE: leaf}))
+    found = read_back(tmp_path / "out")[1]["layers"][0]["self_attn"]["q_proj"]["weight"]
+    error = jnp.linalg.norm(found.astype(jnp.float32) - weight) / jnp.linalg.norm(weight)
+    assert error < 0.02  # 8 bits
 
 
 def test_parameters_may_be_spread_over_devices(model, tmp_path):

@@ -79,6 +79,7 @@ def with_everything(w):
         pre_scale=jnp.linspace(0.5, 2, columns),
         low_rank=LowRank(down, up),
         input=InputQuantizer(None, q.spec),
+        rotate=16,
     )
 
 
@@ -102,6 +103,19 @@ def test_round_trip(variant, plain, tmp_path):
     assert_identical(model.params, params)
 
 
+def test_a_checkpoint_from_before_rotations_has_none(plain, tmp_path):
+    params = convert(plain, VARIANTS["nvfp4"])
+    native.save(tmp_path / "saved", CONFIG, params)
+    marker = tmp_path / "saved" / native.MARKER
+    metadata = json.loads(marker.read_text())
+    text = json.dumps(metadata["params"])
+    assert ', "rotate": 0' in text
+    metadata["params"] = json.loads(text.replace(', "rotate": 0', ""))
+    metadata["tree"]["sha256"] = leaf_kinds.digest(metadata["params"])
+    marker.write_text(json.dumps(metadata))
+    assert_identical(native.restore(tmp_path / "saved").params, params)
+
+
 def test_round_trip_of_other_dtypes(tmp_path):
     dtypes = "float32 float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu int8 uint8 int32"
     bits = jnp.arange(256, dtype=jnp.uint8).reshape(8, 32)  # every pattern, those of NaN included
@@ -109,6 +123,20 @@ def test_round_trip_of_other_dtypes(tmp_path):
     params |= {"empty": ()}
     native.save(tmp_path / "saved", CONFIG, params)
     assert_identical(native.restore(tmp_path / "saved").params, params)
+
+
+@pytest.mark.parametrize("variant", ["int4 asymmetric", "fp8 block2d", "everything"])
+def test_round_trip_over_the_host(variant, plain, tmp_path):
+    params = convert(plain, VARIANTS[variant])
+    params |= {"norm": jax.device_get(params["norm"])}  # a tree may be on both
+    native.save(tmp_path / "device", CONFIG, params)
+    on_host = native.restore(tmp_path / "device", host=True).params
+    assert {type(leaf) for leaf in jax.tree.leaves(on_host)} == {np.ndarray}
+    assert_identical(on_host, params)
+    native.save(tmp_path / "host", CONFIG, on_host)
+    found = native.restore(tmp_path / "host").params
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+    assert_identical(found, params)
 
 
 def _viewed(bits, name):
@@ -213,7 +241,8 @@ def test_an_error_while_saving_leaves_nothing(tmp_path):
     ("params", "message"),
     [
         ({"a": ({"w": [1.0]},)}, "the parameters hold a list at 'a/0/w'"),
-        ({"a": np.zeros(3)}, "hold a ndarray at 'a'"),
+        ({"a": np.zeros(3)}, "hold float64 at 'a', which JAX would narrow"),
+        ({"a": np.array(["text"])}, "hold a ndarray at 'a'"),
         ({1: jnp.zeros(3)}, "hold a dict at ''.*text keys"),
     ],
 )
