@@ -7,7 +7,7 @@ error and exit code 2; whatever else goes wrong is a defect and shows its traceb
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -57,18 +57,30 @@ def quantize(
     windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     length: LengthOption = 512,
     batch: BatchOption = 4,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="Directory that keeps finished layers; a killed run goes on there."),
+    ] = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="Keep weights on the host; a layer at a time is moved.")
+    ] = False,
     overrides: SetOption = None,
     json: JsonOption = None,
+    files: Annotated[
+        Path | None,
+        typer.Option("--report", help="Directory to create: report.json, tensors.csv, errors.png."),
+    ] = None,
 ) -> None:
     """Quantize a model and save it as a checkpoint."""
     plan = jom.Recipe.load(recipe, tuple(overrides or ()))
-    if out.exists():
-        raise UserError(f"{out} exists already; choose another --out or remove it")
-    loaded = _load(model)
+    for option, path in (("--out", out), ("--report", files)):
+        if path and path.exists():
+            raise UserError(f"{path} exists already; choose another {option} or remove it")
+    loaded = _load(model, host)
     batches = None
-    if any(rule.activation and rule.activation.calibrated for rule in plan.rules):
+    if plan.needs_text:
         batches = _batches(loaded, calib, "calibration", windows, length, batch)
-    params, result = jom.quantize(loaded, plan, batches, progress=report.progress)
+    params, result = jom.quantize(loaded, plan, batches, report.progress, resume=resume)
     with report.working(f"saving {out}"):
         jom.save(
             out,
@@ -81,12 +93,70 @@ def quantize(
         )
     if json:
         report.write_json(json, result.as_dict())
+    if files:
+        report.save_report(files, result)
     report.out.print(report.worst_tensors_table(result))
-    report.out.print(
-        f"{len(result.tensors)} tensors, {result.bits_per_weight:.3f} bits a weight, "
-        f"{result.calibration_seconds:.1f} s calibration, "
-        f"{result.quantization_seconds:.1f} s quantization -> {out}"
-    )
+    report.out.print(f"{report.totals_line(result)} -> {out}", soft_wrap=True)
+
+
+@app.command()
+def auto(
+    model: ModelArg,
+    candidate: Annotated[
+        list[str], typer.Option(help="Preset, YAML file or 'original'; give several.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Recipe to write, a .yaml file.")],
+    bits: Annotated[float | None, typer.Option(help="Budget: bits a weight.")] = None,
+    size: Annotated[int | None, typer.Option("--bytes", help="Budget: size of the model.")] = None,
+    latency: Annotated[float | None, typer.Option(help="Budget: seconds of all products.")] = None,
+    kv_cache: Annotated[
+        list[str] | None, typer.Option("--kv-cache", help="Cache format or 'original'; repeat.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens in the cache; with --bytes.")] = 0,
+    rows: Annotated[int, typer.Option(min=1, help="Tokens at a time; with --latency.")] = 1,
+    method: Annotated[
+        Literal["gradient", "kl"], typer.Option(help="How sensitivity is measured.")
+    ] = "gradient",
+    calib: Annotated[str, typer.Option(help="As in quantize.")] = "builtin",
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    scoring_windows: Annotated[int, typer.Option(help="Windows of it that are scored on.")] = 32,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    scores: Annotated[
+        Path | None, typer.Option(help="File of scores: read if it is there, else written.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the Pareto curve.")] = None,
+) -> None:
+    """Choose the best of several recipes for each part of a model, within a budget."""
+    from jaxopt_models import plots
+    from jaxopt_models.quantize import search
+    from jaxopt_models.quantize.mixture import Scores, budget_of, to_yaml
+
+    unit, budget = budget_of(bits=bits, bytes=size, latency=latency)
+    if out.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{out} is to be a recipe; give --out a name that ends in .yaml")
+    loaded = _load(model)
+    calibration = _batches(loaded, calib, "calibration", windows, length, batch)
+    scored = _batches(loaded, calib, "calibration", scoring_windows, length, batch)
+    inputs = (loaded, candidate, calibration, scored)
+    options = {"method": method, "kv_cache": kv_cache or ()}
+    if scores and scores.exists():
+        with report.working(f"comparing {scores} with the model"):
+            found = Scores.load(scores, search.signature(*inputs, **options))
+        if unit == "latency" and found.rows != rows:
+            raise UserError(f"{scores} has no latencies for {rows} rows; name another file")
+    else:
+        timed = rows if unit == "latency" else None
+        found = search.score(*inputs, **options, rows=timed, progress=report.progress)
+        if scores:
+            report.write_json(scores, found.as_dict())
+    choice = found.choose(budget, unit, context)
+    report.write_text(out, to_yaml(found.recipe(choice)))
+    if plot:
+        points = found.pareto(40, unit, context)
+        plots.save_figure(plots.pareto_plot(points, found.uniform(unit, context), unit), plot)
+    report.out.print(report.mixture_table(found, choice))
+    report.out.print(f"{report.mixture_line(choice)} -> {out}", soft_wrap=True)
 
 
 @app.command("eval")
@@ -176,7 +246,7 @@ def demo(
     out: OutOption = Path("demo-output"),
     json: JsonOption = None,
 ) -> None:
-    """Quantize a real small model to every format, and show what each costs."""
+    """Quantize a real small model in many ways, and show what each costs."""
     figures = run_demo(out)
     if json:
         report.write_json(json, figures)
@@ -213,9 +283,53 @@ def bench_evaluation(
     )
 
 
-def _load(name: str) -> jom.Model:
+@bench.command("quality")
+def bench_quality(
+    calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],
+    text: Annotated[str, typer.Option(help="Evaluation text: a file, builtin, or hf:NAME.")],
+    out: Annotated[Path, typer.Option(help="Directory, or .json file for one model.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="As in eval; may be repeated; else the built-in ones.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Preset or YAML; may be repeated; else all presets.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Evaluation windows, instead of the protocol's.")
+    ] = None,
+    length: LengthOption = 512,
+    calibration_windows: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the protocol's for the recipe.")
+    ] = None,
+    batch: BatchOption = 4,
+) -> None:
+    """Measure what recipes cost on models, beside the reference implementation's figures.
+
+    `python -m jaxopt_models.bench.texts DIR` makes the texts of the protocol. Rows are saved one by
+    one and replace those of an earlier run.
+    """
+    from jaxopt_models.bench import quality
+    from jaxopt_models.bench.quality_results import quality_table
+    from jaxopt_models.quantize.recipe import presets
+
+    rows = quality.bench_quality(
+        model or quality.MODELS,
+        recipe or presets(),
+        calibration_text=calib,
+        evaluation_text=text,
+        out=out,
+        windows=windows,
+        length=length,
+        calibration_windows=calibration_windows,
+        batch=batch,
+        progress=report.progress,
+    )
+    report.out.print(quality_table(rows))
+
+
+def _load(name: str, host: bool = False) -> jom.Model:
     with report.working(f"loading {name}"):
-        return jom.load(name)
+        return jom.load(name, host=host)
 
 
 def _batches(

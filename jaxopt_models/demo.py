@@ -1,4 +1,4 @@
-"""The embedded demonstration: a real model, every format, what each costs, a sentence, a
+"""The embedded demonstration: a real model, formats and algorithms, what each costs, a sentence, a
 checkpoint."""
 
 import sys
@@ -12,16 +12,34 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics, evaluate, reference
 from jaxopt_models.generate import generate
 from jaxopt_models.quantize.ptq import quantize
-from jaxopt_models.quantize.recipe import Recipe, presets
+from jaxopt_models.quantize.recipe import Recipe
 
 _MODEL = "smollm2-135m"
-_KEPT = "nvfp4"
+_RECIPES = (
+    "fp8",
+    "fp8_dynamic",
+    "int8",
+    "int8_smoothquant",
+    "mxfp8",
+    "int4",
+    "int4_awq",
+    "int4_gptq",
+    "int4_awq_gptq",
+    "nf4",
+    "nvfp4",
+    "nvfp4_awq",
+    "nvfp4_awq_gptq",
+    "mxfp4",
+    "mxfp4_rotated",
+    "nvfp4_kv",
+)
+_KEPT = "nvfp4_awq_gptq"
 _WINDOWS, _LENGTH, _BATCH = 8, 256, 4
 _PROMPT = "What is the capital of France?"
 
 
 def run_demo(out: Path) -> dict[str, Any]:
-    """Prints the table and returns its figures; the NVFP4 model is saved below `out`.
+    """Prints the table and returns its figures; one model is saved below `out`.
 
     Raises:
       UserError: if the model's wheel is not installed, or the saved model does not give back the
@@ -36,7 +54,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         ("original (bf16)", evaluate(model.config, model.params, evaluation, original), None)
     ]
     kept: Any = None
-    for name in report.progress(presets(), "quantizing and evaluating"):
+    for name in report.progress(_RECIPES, "quantizing and evaluating"):
         recipe = Recipe.load(name)
         params, result = quantize(model, recipe, calibration)
         metrics = evaluate(model.config, params, evaluation, original)
@@ -81,7 +99,7 @@ def _print_table(rows: list[tuple[str, Metrics, float | None]]) -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     title = (
         "SmolLM2-135M-Instruct (weights published as 4-bit Q4_1, dequantized to bf16), "
-        f"round to nearest, {_WINDOWS} x {_LENGTH} tokens of the documentation of Python {python}"
+        f"{_WINDOWS} x {_LENGTH} tokens of the documentation of Python {python}"
     )
     report.out.print(report.metrics_table(title, rows))
     report.out.print(

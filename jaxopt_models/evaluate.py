@@ -104,13 +104,15 @@ def evaluate(
     teacher, known = _teacher(config, reference, tokens)
     totals = np.zeros(3, np.float64)
     for i, batch in progress(list(enumerate(tokens)), "evaluating"):
-        student = (_head(params), hidden_states(config, params, batch))
+        student = (output_head(params), hidden_states(config, params, batch))
         if teacher is None:
-            sums = _sums(config, None, student, None, batch)
+            sums = position_sums(config, None, student, None, batch)
         else:
             its_config, its_params = teacher
             hidden = known[i] if known else hidden_states(its_config, its_params, batch)
-            sums = _sums(config, its_config, student, (_head(its_params), hidden), batch)
+            sums = position_sums(
+                config, its_config, student, (output_head(its_params), hidden), batch
+            )
         totals += np.asarray(sums, np.float64)
     positions = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in tokens)
     nll, kl, same = (float(total) / positions for total in totals)
@@ -131,7 +133,7 @@ def evaluate(
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _sums(
+def position_sums(
     config: ModelConfig,
     teacher_config: ModelConfig | None,
     student: tuple[Any, Any],
@@ -171,7 +173,7 @@ def _sums(
     return jnp.sum(jax.lax.map(one, (real, *map(chunks, inputs))), axis=0)
 
 
-def _head(params: Any) -> dict[str, Any]:
+def output_head(params: Any) -> dict[str, Any]:
     """The parameters that `logits` reads."""
     name = "lm_head" if "lm_head" in params else "embed_tokens"
     return {name: params[name]}

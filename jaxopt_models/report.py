@@ -1,9 +1,12 @@
 """What people see: tables and progress on the terminal, metrics as JSON files."""
 
+import csv
+import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics
+from jaxopt_models.quantize.layer import TensorReport
+from jaxopt_models.quantize.mixture import Scores
+from jaxopt_models.quantize.options import Choice
 from jaxopt_models.quantize.ptq import Report
 
 out = Console()
@@ -39,12 +46,59 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def save_report(directory: str | Path, report: Report) -> None:
+    """Writes what `quantize` reported as files, in a directory that appears only when complete.
+
+    report.json  the whole report
+    tensors.csv  a row for each tensor; its columns are the fields of `TensorReport`
+    errors.png   heat map of output errors, of weight errors without calibration text; absent where
+                 no decoder layer was quantized
+
+    Raises:
+      UserError: if something is there already, or cannot be written.
+    """
+    from jaxopt_models import plots  # matplotlib is slow to import, and few commands draw
+
+    target = Path(directory).expanduser().resolve()
+    if target.exists():
+        raise UserError(f"{directory} exists already; choose another directory or remove it")
+    inside = [row for row in report.tensors if row.path.startswith("layers/")]
+    known = any(row.output_error is not None for row in inside)
+    try:
+        with new_directory(target) as scratch:
+            write_json(scratch / "report.json", report.as_dict())
+            write_text(scratch / "tensors.csv", _csv(report.tensors))
+            if inside:
+                figure = plots.error_heat_map(report, "output_error" if known else "weight_error")
+                plots.save_figure(figure, scratch / "errors.png")
+    except OSError as error:
+        raise UserError(f"cannot write the report {target}: {error.strerror}") from error
+
+
+def _csv(rows: Sequence[TensorReport]) -> str:
+    text = io.StringIO()
+    table = csv.DictWriter(text, [field.name for field in fields(TensorReport)])
+    table.writeheader()
+    for row in rows:
+        table.writerow(asdict(row) | {"shape": "x".join(map(str, row.shape))})
+    return text.getvalue()
 
 
 def metrics_table(title: str, rows: Sequence[tuple[str, Metrics, float | None]]) -> Table:
@@ -64,12 +118,53 @@ def metrics_table(title: str, rows: Sequence[tuple[str, Metrics, float | None]])
 
 
 def worst_tensors_table(report: Report, count: int = 5) -> Table:
-    """The tensors with the largest relative weight error."""
-    table = _table("largest weight errors", "tensor", ("format", "bits", "error"))
-    worst = sorted(report.tensors, key=lambda row: row.weight_error, reverse=True)
+    """The tensors with the largest relative error, of the product where text was read."""
+    with_text = any(row.output_error is not None for row in report.tensors)
+    kind = "output" if with_text else "weight"
+    columns = ("format", "bits", "weight error", "output error")
+    table = _table(f"largest {kind} errors", "tensor", columns)
+    worst = sorted(report.tensors, key=lambda row: getattr(row, f"{kind}_error") or 0, reverse=True)
     for row in worst[:count]:
-        table.add_row(row.path, row.format, f"{row.bits:.3f}", f"{row.weight_error:.4f}")
+        errors = (f"{row.weight_error:.4f}", _or_dash(row.output_error, ".4f"))
+        table.add_row(row.path, row.format, f"{row.bits:.3f}", *errors)
     return table
+
+
+def totals_line(report: Report) -> str:
+    """How much was quantized, to what size, how long it took, and from which seeds."""
+    parts = [
+        f"{len(report.tensors)} tensors",
+        f"{report.bits_per_weight:.3f} bits a weight",
+        f"{report.calibration_seconds:.1f} s calibration",
+        f"{report.quantization_seconds:.1f} s quantization",
+    ]
+    seeds = ", ".join(f"{name} {seed}" for name, seed in report.seeds.items())
+    return ", ".join(parts) + (f", seeds: {seeds}" if seeds else "")
+
+
+def mixture_table(scores: Scores, choice: Choice) -> Table:
+    """What a choice gives to each candidate."""
+    table = _table("mixture", "candidate", ("groups", "weights", "predicted KL"))
+    weights = sum(group.weights for group in scores.groups)
+    for name in scores.candidates:
+        picked = zip(scores.groups, choice.picks, strict=True)
+        mine = [group for group, pick in picked if pick == name]
+        options = [option for g in mine for option in g.options if option.candidate == name]
+        table.add_row(
+            name,
+            str(len(mine)),
+            f"{sum(group.weights for group in mine) / weights:.1%}",
+            f"{sum(option.score for option in options):.4f}",
+        )
+    return table
+
+
+def mixture_line(choice: Choice) -> str:
+    """What a choice costs, and what it is expected to."""
+    parts = [f"{choice.bits:.4f} bits a weight", f"{choice.bytes / 2**20:.2f} MiB"]
+    parts += [f"{choice.latency * 1e3:.3f} ms"] if choice.latency is not None else []
+    parts += [f"cache {choice.kv_cache.format}"] if choice.kv_cache else []
+    return f"{', '.join(parts)}, predicted KL {choice.score:.4f} nats a token"
 
 
 def _table(title: str, name: str, columns: Sequence[str]) -> Table:

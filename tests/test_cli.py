@@ -74,9 +74,10 @@ def test_quantize_eval_generate_export(run, model_dir, text, tmp_path):
     out, report = tmp_path / "out", tmp_path / "report.json"
     code, printed, _ = run(
         "quantize", model_dir, "--recipe", "nvfp4", "--out", out, "--calib", text, *SIZES,
-        "--json", report,
+        "--json", report, "--report", tmp_path / "files",
     )  # fmt: skip
-    assert code == 0 and "14 tensors, 4.5" in printed
+    assert code == 0 and "14 tensors, 4.5" in printed and "largest output errors" in printed
+    assert (tmp_path / "files" / "report.json").read_text() == report.read_text()
     rows = json.loads(report.read_text())["tensors"]
     assert len(rows) == 14 and {row["format"] for row in rows} == {"nvfp4"}
     assert isinstance(load(out).params["layers"][1]["mlp"]["down_proj"]["weight"], QTensor)

@@ -77,7 +77,7 @@ def read_params(
       config: from `read_config`.
       dtype: of the weights. The file's own 4- to 8-bit numbers fit in bfloat16 only rounded; the
         rounding is small beside what the quantization took away.
-      place: `place(path, array) -> jax.Array` decides where an array goes.
+      place: `place(path, array)` decides where an array goes.
 
     Raises:
       UserError: naming the tensor that is missing, misshapen, left over, not finite or of a type
@@ -86,7 +86,7 @@ def read_params(
     file = GgufFile(path)
     place, target, used = place or copy_to_device, jnp.dtype(dtype), {_ROPE_FACTORS}
 
-    def leaf(path: str, expected: jax.ShapeDtypeStruct) -> jax.Array:
+    def leaf(path: str, expected: jax.ShapeDtypeStruct) -> Any:
         name = _tensor_name(config, path)
         used.add(name)
         where = f"{file.path}: tensor {name!r}"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from jaxopt_models.errors import UserError
@@ -21,6 +22,11 @@ from jaxopt_models.errors import UserError
 _SCALARS = dict(enumerate("u1 i1 u2 i2 u4 i4 f4 ?".split())) | {10: "u8", 11: "i8", 12: "f8"}
 _STRING, _ARRAY = 8, 9
 _TYPES = frozenset("F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split())
+_FLOATS = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _CHUNK = 2**22  # elements dequantized at a time
 
 
@@ -94,6 +100,8 @@ class GgufFile:
     def read(self, name: str, dtype: Any = np.float32) -> np.ndarray:
         """A tensor, dequantized in float32 and cast to `dtype`.
 
+        One that is stored in `dtype` is a read-only view of the mapped file; nothing is copied.
+
         Raises:
           UserError: for a type that is not supported and for data beyond the end of the file.
         """
@@ -113,6 +121,8 @@ class GgufFile:
         if columns % block or tensor.start + rows * row_bytes > len(self._data):
             raise UserError(f"{self.path}: tensor {name!r} is truncated; download the file again")
         data = np.ndarray((rows, row_bytes), np.uint8, buffer=self._data, offset=tensor.start)
+        if _FLOATS.get(stored) == np.dtype(dtype):
+            return data.view(dtype).reshape(tensor.shape)
         out = np.empty((rows, columns), dtype)
         step = max(1, _CHUNK // columns)
         for i in range(0, rows, step):

@@ -66,8 +66,8 @@ def read_params(
       directory: with `model.safetensors` or its sharded form, and `config.json`.
       config: the architecture, from `read_config`.
       dtype: of the float weights; None keeps the stored one, float64 excepted, which JAX narrows.
-      place: `place(path, array) -> jax.Array` decides where an array goes; the parts of a quantized
-        weight come one by one, as ".../weight/codes" and ".../weight/scale".
+      place: `place(path, array)` decides where an array goes; the parts of a quantized weight come
+        one by one, as ".../weight/codes" and ".../weight/scale".
 
     Returns:
       The parameter tree. The matrices of FP8 checkpoints (`hf_fp8`) become `QTensor`s as they are.

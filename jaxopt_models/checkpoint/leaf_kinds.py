@@ -14,17 +14,21 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import FORMATS, QuantSpec
+from jaxopt_models.kv_quantizer import KVQuantizer, RowQuantizer
 from jaxopt_models.qtensor import InputQuantizer, LowRank, QTensor
 
 # The dataclasses that checkpoints may hold, by the names they have there.
-KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (QTensor, LowRank, InputQuantizer)}
+KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (QTensor, LowRank, InputQuantizer, KVQuantizer, RowQuantizer)
+}
 _PLAIN = (str, int, float, bool, type(None))
 
 
@@ -32,7 +36,7 @@ def describe(node: Any, path: str = "") -> Any:
     """JSON description of a tree; see above.
 
     Raises:
-      UserError: for a leaf that is no array and of no kind in `KINDS`.
+      UserError: for a leaf that is no array and of no kind in `KINDS`, and for 64-bit arrays.
     """
     if node is None:
         return None
@@ -40,13 +44,18 @@ def describe(node: Any, path: str = "") -> Any:
         return {key: describe(child, _join(path, key)) for key, child in node.items()}
     if type(node) is tuple:
         return [describe(child, _join(path, str(i))) for i, child in enumerate(node)]
-    if isinstance(node, (jax.Array, jax.ShapeDtypeStruct)):
+    if _is_array(node):
+        if jax.dtypes.canonicalize_dtype(node.dtype, allow_extended_dtype=True) != node.dtype:
+            raise UserError(
+                f"the parameters hold {node.dtype.name} at {path!r}, which JAX would narrow; "
+                "cast it to a dtype of at most 32 bits"
+            )
         return {"kind": "array", "dtype": node.dtype.name, "shape": list(node.shape)}
     name = type(node).__name__
     if KINDS.get(name) is not type(node):
         raise UserError(
             f"the parameters hold a {name} at {path!r}, which a checkpoint cannot hold; "
-            f"make it a dict with text keys, a tuple, a JAX array or one of {', '.join(KINDS)}"
+            f"make it a dict with text keys, a tuple, an array or one of {', '.join(KINDS)}"
         )
     static, parts = _fields(node)
     return {
@@ -84,6 +93,13 @@ def build(description: Any, path: str = "") -> Any:
 def digest(description: Any) -> str:
     """SHA-256 of a description: equal for equal trees of paths, kinds, dtypes and shapes."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _is_array(node: Any) -> TypeGuard[jax.Array | np.ndarray | jax.ShapeDtypeStruct]:
+    """True for arrays of JAX, abstract ones, and NumPy's of numbers."""
+    if isinstance(node, np.ndarray):
+        return node.dtype.kind not in "OSUMm"
+    return isinstance(node, (jax.Array, jax.ShapeDtypeStruct))
 
 
 def _fields(node: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_models.checkpoint import gguf, hub, huggingface, native, tokenizer
+from jaxopt_models.checkpoint.weights import keep_on_host
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
@@ -27,6 +28,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
+    host: bool = False,
 ) -> Model:
     """Loads a pretrained model with its tokenizer.
 
@@ -37,22 +39,30 @@ def load(
         with, else float32. Weights keep the dtype they are stored in.
       mesh: devices to spread the weights over, each as it is read; None takes the default device.
       rules: how, on a mesh; see `sharding`.
+      host: leaves the weights in host memory, as NumPy arrays, for a model that is larger than the
+        accelerator's memory: `quantize` takes it layer by layer. Weights that a safetensors or GGUF
+        file holds in their final form are views of that file, which must stay as it is; experts are
+        stacked and GGUF's block formats dequantized, which copies.
 
     Raises:
       UserError: for what cannot be found or read, naming file, key or tensor.
     """
+    if host and mesh is not None:
+        raise UserError(
+            "weights stay on the host or go onto a mesh, not both; leave out 'host' or 'mesh'"
+        )
     if dtype is not None and dtype not in _COMPUTE_DTYPES:
         raise UserError(f"dtype {dtype!r} is not one of {', '.join(_COMPUTE_DTYPES)}")
     found = hub.resolve(path)
     if (found / native.MARKER).is_file():
-        model = native.restore(found, mesh=mesh, rules=rules)
+        model = native.restore(found, mesh=mesh, rules=rules, host=host)
     elif found.suffix == ".gguf":
         config = gguf.read_config(found)
-        params = _spread(gguf.read_params, found, config, mesh, rules)
+        params = _placed(gguf.read_params, found, config, mesh, rules, host)
         model = Model(config, params, tokenizer.from_gguf(found))
     elif (found / "config.json").is_file():
         config = huggingface.read_config(found)
-        params = _spread(huggingface.read_params, found, config, mesh, rules)
+        params = _placed(huggingface.read_params, found, config, mesh, rules, host)
         model = Model(config, params, _tokenizer_beside(found))
     else:
         raise UserError(
@@ -63,14 +73,17 @@ def load(
     return dataclasses.replace(model, config=config, source=str(path))
 
 
-def _spread(
+def _placed(
     read: Callable[..., Any],
     path: Path,
     config: ModelConfig,
     mesh: Mesh | None,
     rules: Rules,
+    host: bool,
 ) -> Any:
-    """Reads parameters tensor by tensor onto the default device or a mesh."""
+    """Reads parameters tensor by tensor onto the default device, a mesh or neither."""
+    if host:
+        return read(path, config, place=keep_on_host)
     if mesh is None:
         return read(path, config)
     places = dict(leaves_with_paths(shardings(abstract_params(config), mesh, rules)))

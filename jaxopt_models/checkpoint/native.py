@@ -54,7 +54,7 @@ def save(
     In a distributed run every process must call it, with one file system among them.
 
     Args:
-      params: parameter tree of dicts, tuples, JAX arrays and leaf dataclasses.
+      params: parameter tree of dicts, tuples, arrays (of JAX or NumPy) and leaf dataclasses.
       tokenizer: of transformers, or None.
       recipe: how the parameters were made; JSON values, dataclasses or pydantic models.
       report: what was measured; likewise.
@@ -83,6 +83,7 @@ def restore(
     *,
     mesh: Mesh | None = None,
     rules: Rules = DEFAULT_RULES,
+    host: bool = False,
 ) -> Model:
     """Reads a checkpoint that `save` wrote.
 
@@ -90,6 +91,7 @@ def restore(
       mesh: devices to spread the parameters over, not necessarily as they were when they were
         saved; None puts them onto one device.
       rules: how; see `sharding`.
+      host: leaves them in host memory, as NumPy arrays; `mesh` is not looked at then.
 
     Raises:
       UserError: for a directory that is missing, not such a checkpoint, damaged, or written by a
@@ -105,7 +107,8 @@ def restore(
         _check_files(directory, metadata["files"])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / MARKER}: damaged at {error}; save again") from error
-    params = _load(directory, _on_devices(abstract, mesh, rules))
+    abstract = _on_host(abstract) if host else _on_devices(abstract, mesh, rules)
+    params = _load(directory, abstract)
     folder = directory / "tokenizer"
     tokenizer = tokenizers.from_directory(folder) if folder.is_dir() else None
     return Model(config, params, tokenizer, source=str(directory))
@@ -146,7 +149,7 @@ def _metadata(
     config: ModelConfig, params: Any, recipe: Any, report: Any, provenance: Any
 ) -> dict[str, Any]:
     description = leaf_kinds.describe(params)
-    versions = {name: _version(name) for name in _PACKAGES}
+    versions = {name: package_version(name) for name in _PACKAGES}
     recorded = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -170,10 +173,11 @@ def _metadata(
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version of a package; None for one that runs from a checkout."""
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+    except importlib.metadata.PackageNotFoundError:
         return None
 
 
@@ -247,6 +251,11 @@ def _on_devices(abstract: Any, mesh: Mesh | None, rules: Rules) -> Any:
     return jax.tree.map(
         lambda a, target: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=target), abstract, targets
     )
+
+
+def _on_host(abstract: Any) -> Any:
+    # Orbax takes a NumPy array for the wish to get one; these hold a single number.
+    return jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), abstract)
 
 
 def _load(directory: Path, abstract: Any) -> Any:

@@ -1,6 +1,7 @@
 """From a tensor in a file to a placed weight: the checks and the hook that all readers share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ import numpy as np
 
 from jaxopt_models.errors import UserError
 
-# Puts one array of the tree onto the device or devices; its path says which array it is.
-Place = Callable[[str, np.ndarray], jax.Array]
+# Puts one array of the tree where it is to stay; its path says which array it is.
+Place = Callable[[str, np.ndarray], Any]
 
 _CHUNK = 2**22  # elements widened to float32 at a time
 
@@ -17,6 +18,14 @@ _CHUNK = 2**22  # elements widened to float32 at a time
 def copy_to_device(path: str, array: np.ndarray) -> jax.Array:
     """The default `Place`. It copies, because a mapped file may change under an alias of it."""
     return jnp.array(array)
+
+
+def keep_on_host(path: str, array: np.ndarray) -> np.ndarray:
+    """The `Place` that leaves arrays where they are, mapped files among them.
+
+    Only dtypes that JAX would narrow are narrowed now, so that leaves say what will be computed.
+    """
+    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
 
 
 def check_shape(where: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:

@@ -126,11 +126,16 @@ def _attention(
     save("self_attn/key", key)
     save("self_attn/value", value)
 
+    quantizer = weights.get("kv_cache")
+    if quantizer is not None:
+        query, key = quantizer.rotated(query), quantizer.rotated(key)
     if cache is None:
         key, value, key_positions = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), positions
+        if quantizer is not None:
+            key, value = quantizer.key(key), quantizer.value(value)
     else:
-        cache = cache.append(key, value, positions)
-        key, value = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+        cache = cache.append(key, value, positions, quantizer)
+        key, value = cache.read(x.dtype, quantizer)
         slots = jnp.arange(key.shape[2], dtype=positions.dtype)
         key_positions = jnp.broadcast_to(slots, (batch, key.shape[2]))
     mixed = attend(
@@ -149,7 +154,7 @@ def _attention(
 
 def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, save: Save):
     """`down(activate(gate x) · up x)`, of one dense network or of each token's experts."""
-    activate = jax.nn.silu if config.activation == "silu" else _gelu_tanh
+    activate = activation(config)
     if "experts" in mlp:
 
         def save_below(name: str, value: jax.Array) -> None:
@@ -166,6 +171,11 @@ def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, sav
     gate = _linear(mlp, "mlp", "gate_proj", x, save)
     up = _linear(mlp, "mlp", "up_proj", x, save)
     return _linear(mlp, "mlp", "down_proj", activate(gate) * up, save)
+
+
+def activation(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:
+    """The feed-forward network's non-linearity."""
+    return jax.nn.silu if config.activation == "silu" else _gelu_tanh
 
 
 def _gelu_tanh(x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 Slot s holds the key and value of position s of its row. Nothing is erased: entries past a row's
 committed length are hidden by position and overwritten before any query may see them, so rolling
-back is forgetting the length.
+back is forgetting the length. Every array is [B, G, S, ·], with what belongs to slot s at s.
 """
 
 from typing import Any
@@ -11,34 +11,58 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jaxopt_models.errors import UserError
+from jaxopt_models.kv_quantizer import KVQuantizer
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.tree import size_in_bits
 
 
 @struct.dataclass
 class LayerCache:
-    """Keys (after rotary embedding) and values of one layer, each [B, G, S, d].
+    """Keys (after rotary embedding) and values of one layer.
 
     Heads before slots, since batched products want it so: otherwise each step would transpose a
     copy.
+
+    Attributes:
+      keys, values: [B, G, S, d]; or codes [B, G, S, bytes] under a `KVQuantizer`, whose own static
+        scales and biases are not repeated here.
+      key_scale, value_scale: [B, G, S, blocks], scales of each slot; None where there are none.
     """
 
     keys: jax.Array
     values: jax.Array
+    key_scale: jax.Array | None = None
+    value_scale: jax.Array | None = None
 
-    def append(self, keys: jax.Array, values: jax.Array, slots: jax.Array) -> "LayerCache":
+    def append(
+        self,
+        keys: jax.Array,
+        values: jax.Array,
+        slots: jax.Array,
+        quantizer: KVQuantizer | None = None,
+    ) -> "LayerCache":
         """Writes [B, N, G, d] at slots int32 [B, N]; a slot >= S is dropped.
 
         Scatter, because `dynamic_update_slice` would clamp a write near the end onto earlier slots.
         """
+        _check(self, quantizer)
         rows = jnp.arange(slots.shape[0])[:, None]
-        cache = LayerCache(
-            self.keys.at[rows, :, slots].set(keys.astype(self.keys.dtype), mode="drop"),
-            self.values.at[rows, :, slots].set(values.astype(self.values.dtype), mode="drop"),
-        )
+
+        def write(old: jax.Array, new: jax.Array) -> jax.Array:
+            return old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
+
+        cache = jax.tree.map(write, self, _entries(keys, values, quantizer))
         # XLA makes a scatter of one update a select on the old contents and fuses that into every
         # reader, each with a copy of the cache. Behind a barrier it stays one write in place.
         return jax.lax.optimization_barrier(cache) if slots.size == 1 else cache
+
+    def read(self, dtype: Any, quantizer: KVQuantizer | None = None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of all slots, each [B, G, S, d] in `dtype`."""
+        if quantizer is None:
+            return self.keys.astype(dtype), self.values.astype(dtype)
+        keys = quantizer.key.restore(self.keys, self.key_scale, dtype)
+        return keys, quantizer.value.restore(self.values, self.value_scale, dtype)
 
 
 KVCache = tuple[LayerCache, ...]
@@ -49,15 +73,23 @@ def empty_cache(
 ) -> KVCache:
     """Zeros for `capacity` positions of each row; widths are those of each layer's k_proj.
 
+    A layer with a `kv_cache` holds codes, others hold `dtype`, by default the compute dtype.
     Separate arrays a layer, since a stacked cache is copied by the loop that carries it.
     """
     dtype = dtype or config.dtype
 
     def layer(weights: Any) -> LayerCache:
-        groups = weights["self_attn"]["k_proj"]["weight"].shape[0] // config.head_dim
-        # Two calls: donated buffers must not alias.
+        attention = weights["self_attn"]
+        groups = attention["k_proj"]["weight"].shape[0] // config.head_dim
         shape = (batch, groups, capacity, config.head_dim)
-        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        quantizer = attention.get("kv_cache")
+        if quantizer is None:
+            # Two calls: donated buffers must not alias.
+            return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        (keys, key_scale), (values, value_scale) = (
+            part.blank(shape) for part in (quantizer.key, quantizer.value)
+        )
+        return LayerCache(keys, values, key_scale, value_scale)
 
     return tuple(layer(weights) for weights in params["layers"])
 
@@ -65,3 +97,25 @@ def empty_cache(
 def cache_bytes(cache: KVCache) -> int:
     """Bytes that the cache occupies."""
     return size_in_bits(cache) // 8
+
+
+def _entries(keys: jax.Array, values: jax.Array, quantizer: KVQuantizer | None) -> LayerCache:
+    """What is to be written for [B, N, G, d]: arrays [B, N, G, ·]."""
+    if quantizer is None:
+        return LayerCache(keys, values)
+    (keys, key_scale), (values, value_scale) = (
+        part.store(jnp.swapaxes(rows, 1, 2))
+        for part, rows in ((quantizer.key, keys), (quantizer.value, values))
+    )
+    stored = LayerCache(keys, values, key_scale, value_scale)
+    return jax.tree.map(lambda array: jnp.swapaxes(array, 1, 2), stored)
+
+
+def _check(cache: LayerCache, quantizer: KVQuantizer | None) -> None:
+    dense = jnp.issubdtype(cache.keys.dtype, jnp.floating)
+    if dense != (quantizer is None):
+        raise UserError(
+            f"the cache holds {cache.keys.dtype.name}, and the layer's 'kv_cache' is "
+            f"{'absent' if quantizer is None else 'present'}; make the cache with "
+            "empty_cache(config, params, …) of the same parameters"
+        )

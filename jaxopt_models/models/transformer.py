@@ -5,7 +5,8 @@ Parameters are nested dicts with Hugging Face's names; linear weights are [N, K]
     embed_tokens/weight [V, D]    norm/weight [D]    lm_head/weight [V, D] (absent when tied)
     layers: tuple of {input_layernorm, post_attention_layernorm, (Gemma: pre_feedforward_layernorm,
                       post_feedforward_layernorm), self_attn: {q_proj, k_proj, v_proj, o_proj,
-                      (q_norm, k_norm)}, mlp: {gate_proj, up_proj, down_proj}
+                      (q_norm, k_norm), (kv_cache: `kv_quantizer.KVQuantizer`)},
+                      mlp: {gate_proj, up_proj, down_proj}
                       or {router, experts: {gate_proj, up_proj, down_proj} stacked [E, N, K]}}
 """
 
@@ -128,9 +129,10 @@ def forward_with_taps(
     Args:
       taps: names or globs of names. For layer i: "layers/i/input", "layers/i/output" (the residual
         stream), ".../{norm}/output", ".../self_attn/{q,k,v,o}_proj/input", ".../self_attn/query",
-        "key", "value" (after rotary embedding), ".../mlp/{gate,up,down}_proj/input", for experts
-        ".../mlp/experts/{...}/input" with ".../mlp/experts/group_sizes", ".../mlp/router/input" and
-        "output"; and "embed_tokens/output", "norm/output", "logits".
+        "key", "value" (after rotary embedding, before a `kv_cache` quantizes them),
+        ".../mlp/{gate,up,down}_proj/input", for experts ".../mlp/experts/{...}/input" with
+        ".../mlp/experts/group_sizes", ".../mlp/router/input" and "output"; and
+        "embed_tokens/output", "norm/output", "logits".
 
     Returns:
       (logits, activations by name).

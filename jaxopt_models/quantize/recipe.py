@@ -1,11 +1,16 @@
 """Recipes: ordered rules that say how each weight and its input are quantized.
 
-    description: NVFP4 weights and activations
+    description: NVFP4 weights and activations, AWQ
     rules:
       - match: "*"                      # glob or list of globs on paths of matrices
         weight: nvfp4                   # a format, or {format: …, block_size: …, …}; null: as it is
         activation: {format: fp8, granularity: token}
-        algorithm: rtn
+        smooth: awq                     # then, in this order, each of them optional:
+        rotate: 64                      # Hadamard transform of the input, in blocks of 64
+        low_rank: 32                    # SVDQuant's correction
+        scales: hessian                 # how scales are found
+        rounding: gptq                  # how values are rounded
+    kv_cache: fp8                       # optional
     skip: [lm_head/*, embed_tokens/*, "*/router/*"]     # this is the default
 
 The last rule that matches a path decides. A rule that matches nothing is an error.
@@ -20,8 +25,6 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictInt,
@@ -32,96 +35,102 @@ from pydantic import (
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
-from jaxopt_models.formats import QuantSpec, resolve
+from jaxopt_models.hadamard import largest_block
+from jaxopt_models.quantize.kv import KVChoice
+from jaxopt_models.quantize.method import Method, Strict
 
 _SKIP = ("lm_head/*", "embed_tokens/*", "*/router/*")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FormatChoice(_Strict):
-    """A number format with its options; see `formats.QuantSpec`. A bare name is accepted."""
-
-    format: str
-    granularity: Literal["tensor", "channel", "token", "block", "block2d"] | None = None
-    block_size: StrictInt | None = None
-    scale_dtype: str | None = None
-    symmetric: StrictBool = True
-    mx_rule: Literal["ceil", "floor"] = "ceil"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_name(cls, value: Any) -> Any:
-        return {"format": value} if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _resolves(self) -> "FormatChoice":
-        self.spec()
-        return self
-
-    def spec(self) -> QuantSpec:
-        """The decided format."""
-        return resolve(**self.model_dump())
-
-
-class ActivationChoice(FormatChoice):
-    """Format of a linear's input.
-
-    Granularity "tensor" (fp8, int8) has a static scale from calibration, "token" and "block" take
-    theirs from each token. NVFP4's global scale is static, block scales are always dynamic. A
-    dynamic scale for the whole tensor does not exist: a token would depend on its batch.
-    """
-
-    @model_validator(mode="after")
-    def _is_causal(self) -> "ActivationChoice":
-        spec = self.spec()
-        if spec.granularity == "block2d" or not spec.symmetric:
-            raise ValueError("activations have no 'block2d' granularity and no zero point")
-        return self
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether a static amax is needed."""
-        spec = self.spec()
-        return spec.granularity == "tensor" or spec.two_level
-
-
-class Rule(_Strict):
+class Rule(Method):
     """What happens to the matrices that `match` selects."""
 
     match: tuple[str, ...] = Field(min_length=1)
-    weight: FormatChoice | None
-    activation: ActivationChoice | None = None
-    algorithm: Literal["rtn"] = "rtn"
 
     @field_validator("match", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _has_weight(self) -> "Rule":
-        if self.weight is None and self.activation is not None:
-            raise ValueError("an activation format needs a weight format beside it")
-        return self
+    @property
+    def method(self) -> Method:
+        """The rule without its globs: equal for all that is done alike."""
+        return Method.model_validate(self.model_dump(exclude={"match"}))
 
 
-class Recipe(_Strict):
+class Rotation(Strict):
+    """Rotations that are fused into the weights before all else; see `rotate`.
+
+    `hidden` is R1, of the residual stream; `heads` is R2, of each head's values; `seed` of R1's
+    random signs, None for the plain Hadamard matrix.
+    """
+
+    hidden: StrictBool = False
+    heads: StrictBool = False
+    seed: StrictInt | None = None
+
+
+class Experts(Strict):
+    """How experts are calibrated.
+
+    `tokens`: "routed", each on the tokens the router sends it, or "all", each on all tokens.
+    An expert that got fewer than `min_tokens` is an error, or with `starved: all` is calibrated on
+    all tokens.
+    """
+
+    tokens: Literal["routed", "all"] = "routed"
+    min_tokens: StrictInt = Field(default=8, ge=1)
+    starved: Literal["error", "all"] = "error"
+
+
+class Recipe(Strict):
     """An ordered list of rules; see the module's docstring for the YAML form.
 
     Attributes:
       name: what the recipe is called in reports.
       description: one line for humans.
+      aliases: other names of a preset, among them those that ModelOpt gives it.
       skip: globs of paths that no rule may touch.
       rules: the last that matches a path decides.
+      kv_cache: format of cached keys and values; None leaves them in the compute dtype.
+      rotation: fused into the weights first.
+      experts: how experts are calibrated.
+      fold: whether smoothing factors go into the norm or linear before, where that is exact; else
+        they stay with the leaf and multiply its input.
+      propagate: whose activations calibrate a layer: those of the "original" layers before it, or
+        of the "quantized" ones. None is "quantized" where GPTQ or AutoRound can make up for the
+        layers before, else "original".
     """
 
     name: str = "recipe"
     description: str = ""
+    aliases: tuple[str, ...] = ()
     skip: tuple[str, ...] = _SKIP
-    rules: tuple[Rule, ...] = Field(min_length=1)
+    rules: tuple[Rule, ...] = ()
+    kv_cache: KVChoice | None = None
+    rotation: Rotation = Rotation()
+    experts: Experts = Experts()
+    fold: StrictBool = True
+    propagate: Literal["original", "quantized"] | None = None
+
+    @model_validator(mode="after")
+    def _does_something(self) -> "Recipe":
+        if not self.rules and self.kv_cache is None:
+            raise ValueError("there are neither 'rules' nor a 'kv_cache'; give one of them")
+        return self
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether calibration text is needed."""
+        rules = any(rule.needs_text for rule in self.rules)
+        return rules or (self.kv_cache is not None and self.kv_cache.calibrated)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a layer is calibrated behind quantized layers."""
+        if self.propagate is None:
+            return any(rule.rounding.method != "nearest" for rule in self.rules)
+        return self.propagate == "quantized"
 
     @classmethod
     def load(cls, source: str | Path, overrides: Sequence[str] = ()) -> "Recipe":
@@ -153,7 +162,8 @@ class Recipe(_Strict):
         """The rule of each weight that is to be quantized, by path in tree order.
 
         Raises:
-          UserError: for a rule that matches no matrix, or a matrix that is already quantized.
+          UserError: for a rule that matches no matrix, a matrix that is already quantized, and one
+            that a rotation, a rank or an algorithm does not fit.
         """
         matrices = {
             path: leaf
@@ -170,13 +180,33 @@ class Recipe(_Strict):
                     )
         chosen = {path: self._last_match(path) for path in matrices}
         plan = {path: rule for path, rule in chosen.items() if rule and rule.weight}
-        for path in plan:
+        for path, rule in plan.items():
             if tree.is_leaf(matrices[path]):
                 raise UserError(f"{path} is already quantized; start from the original model")
+            _check_fits(path, matrices[path].shape, rule)
         return plan
 
     def _last_match(self, path: str) -> Rule | None:
         return next((r for r in reversed(self.rules) if tree.matches(path, r.match)), None)
+
+
+def _check_fits(path: str, shape: Sequence[int], rule: Rule) -> None:
+    """Refuses what would fail only after all layers before it are done."""
+    if path.startswith("embed_tokens/") and (rule.needs_text or rule.rotate or rule.low_rank):
+        raise UserError(
+            f"no activation reaches {path}; it cannot be calibrated, smoothed, rotated or "
+            "corrected: leave it to 'skip', or give it a rule without these"
+        )
+    if rule.rotate and (shape[-1] % rule.rotate or rule.rotate & (rule.rotate - 1)):
+        raise UserError(
+            f"{path}: a rotation of {shape[-1]} channels has no block of {rule.rotate}; set "
+            f"'rotate' to a power of two that divides them, {largest_block(shape[-1])} at most"
+        )
+    if rule.low_rank > min(shape[-2:]):
+        raise UserError(
+            f"{path}: a matrix {shape[-2]}x{shape[-1]} has no rank {rule.low_rank}; "
+            "set 'low_rank' to a smaller one"
+        )
 
 
 def presets() -> tuple[str, ...]:
@@ -196,11 +226,19 @@ def _read(source: str | Path) -> tuple[str, str]:
             return path.stem, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"recipe {path}: cannot be read ({_first_line(error)})") from error
-    if str(source) not in presets():
-        raise UserError(
-            f"recipe {str(source)!r} is neither a .yaml file nor one of {', '.join(presets())}"
-        )
-    return str(source), (_preset_folder() / f"{source}.yaml").read_text(encoding="utf-8")
+    name = _preset_named(str(source))
+    return name, (_preset_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def _preset_named(name: str) -> str:
+    """The preset that has this name or alias, in upper or lower case."""
+    if name in presets():
+        return name
+    for preset in presets():
+        fields = yaml.safe_load((_preset_folder() / f"{preset}.yaml").read_text(encoding="utf-8"))
+        if name.lower() in (alias.lower() for alias in fields.get("aliases", ())):
+            return preset
+    raise UserError(f"recipe {name!r} is neither a .yaml file nor one of {', '.join(presets())}")
 
 
 def _override(fields: dict[str, Any], override: str) -> dict[str, Any]:
@@ -229,8 +267,8 @@ def _descend(node: Any, part: str, override: str) -> Any:
         child = node[key]
     except (KeyError, IndexError, TypeError) as error:
         raise UserError(f"override {override!r}: the recipe has no {part!r} there") from error
-    if isinstance(child, str):  # "weight: int4" stands for {format: int4}
-        child = node[key] = {"format": child}
+    if isinstance(child, str):  # "weight: int4" is {format: int4}, "rounding: gptq" {method: gptq}
+        child = node[key] = {"method" if part in ("smooth", "rounding") else "format": child}
     if not isinstance(child, dict | list):
         raise UserError(f"override {override!r}: {part!r} holds a value, not fields")
     return child

@@ -3,6 +3,7 @@
 import struct
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -56,6 +57,19 @@ def test_every_type_dequantizes_as_in_the_gguf_package(tmp_path, rng, kind, monk
     assert file.type_name("w") == kind and file.shape("w") == expected.shape
     assert np.isfinite(expected).all()
     np.testing.assert_array_equal(file.read("w"), expected)
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+def test_a_tensor_in_its_own_dtype_is_a_view_of_the_file(tmp_path, rng, kind):
+    data = rng.normal(size=(7, 64)).astype(np.float32)
+    number = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(data, number)
+    file = GgufFile(write(tmp_path / "a.gguf", tensors=[("w", stored, number)]))
+    dtypes = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+    view = file.read("w", dtypes[kind])
+    assert not view.flags.owndata and not view.flags.writeable
+    assert view.shape == (7, 64) and view.dtype == dtypes[kind]
+    np.testing.assert_array_equal(view.astype(np.float32), gguf.quants.dequantize(stored, number))
 
 
 def test_shapes_and_vectors(tmp_path, rng):

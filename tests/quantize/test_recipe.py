@@ -4,6 +4,7 @@ import textwrap
 
 import jax.numpy as jnp
 import pytest
+import yaml
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -25,6 +26,12 @@ DENSE = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
 MOE = ModelConfig.from_hf(
     {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
 )
+
+
+# Widths that the blocks and ranks of presets divide.
+_LARGE = _SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
+WEIGHTS = [name for name in presets() if Recipe.load(name).rules]
+OF_DENSE_MODELS = [name for name in WEIGHTS if name != "nvfp4_experts_only"]
 
 
 @pytest.fixture
@@ -60,6 +67,14 @@ def formats(plan) -> dict[str, str]:
 # Presets
 
 
+def meant(name: str, path: str) -> bool:
+    """Whether a preset is for a matrix, from its name: all but a few are for all."""
+    parts = {"nvfp4_experts_only": "/experts/", "nvfp4_mlp_only": "/mlp/"}
+    if name == "nvfp4_omlp_only":
+        return "/mlp/" in path or "/o_proj/" in path
+    return parts.get(name, "") in path
+
+
 def test_there_are_presets_for_every_family_of_formats():
     rules = [rule for name in presets() for rule in Recipe.load(name).rules]
     used = {rule.weight.spec().format for rule in rules if rule.weight}
@@ -74,26 +89,189 @@ def test_a_preset_says_what_it_is_called_and_what_it_does(name):
     assert loaded.description and "\n" not in loaded.description
 
 
-@pytest.mark.parametrize("name", presets())
-def test_a_preset_plans_all_linears_of_a_dense_model_and_nothing_else(name, dense):
-    linears = [p for p, leaf in tree.leaves_with_paths(dense) if tree.is_decoder_matrix(p, leaf)]
+@pytest.mark.parametrize("name", OF_DENSE_MODELS)
+def test_a_preset_plans_all_linears_of_a_dense_model_and_nothing_else(name):
+    # Of a real size, so that rotations and ranks fit.
+    large = abstract_params(ModelConfig.from_hf(_LARGE | {"model_type": "llama"}))
+    linears = [p for p, leaf in tree.leaves_with_paths(large) if tree.is_decoder_matrix(p, leaf)]
     assert len(linears) == 2 * 7
-    assert list(Recipe.load(name).plan(dense)) == linears
+    assert list(Recipe.load(name).plan(large)) == [p for p in linears if meant(name, p)]
 
 
-@pytest.mark.parametrize("name", presets())
-def test_a_preset_plans_all_experts_and_no_router(name, moe):
-    linears = [p for p, leaf in tree.leaves_with_paths(moe) if tree.is_decoder_matrix(p, leaf)]
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_preset_plans_all_experts_and_no_router(name):
+    large = abstract_params(
+        ModelConfig.from_hf(
+            _LARGE | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+        )
+    )
+    linears = [p for p, leaf in tree.leaves_with_paths(large) if tree.is_decoder_matrix(p, leaf)]
     assert sum("/experts/" in path for path in linears) == 2 * 3
-    assert list(Recipe.load(name).plan(moe)) == linears
+    assert list(Recipe.load(name).plan(large)) == [p for p in linears if meant(name, p)]
 
 
 @pytest.mark.parametrize("name", presets())
-def test_static_scales_are_those_of_fp8_and_nvfp4(name):
+def test_text_is_needed_by_static_scales_and_by_what_measures_outputs(name):
     loaded = Recipe.load(name)
-    needed = any(rule.activation and rule.activation.calibrated for rule in loaded.rules)
-    assert needed == (name in {"fp8", "nvfp4"})
-    assert not (needed and "needs no calibration" in loaded.description)
+    static = any(rule.activation and rule.activation.calibrated for rule in loaded.rules)
+    measured = any(
+        rule.smooth or rule.scales in ("hessian", "clip") or rule.rounding.method != "nearest"
+        for rule in loaded.rules
+    )
+    cached = loaded.kv_cache is not None and loaded.kv_cache.calibrated
+    assert loaded.needs_text == (static or measured or cached)
+    assert not (loaded.needs_text and "needs no calibration" in loaded.description)
+
+
+PLAIN_TEXT = {"fp8", "nvfp4"}
+PLAIN_NO_TEXT = {"fp8_block", "fp8_dynamic", "int4", "int8", "int8_weight_only", "mxfp4", "mxfp6"}
+PLAIN_NO_TEXT |= {"mxfp8", "mxint8", "nf4", "nvfp4_weight_only"}
+
+
+def test_plain_presets_need_text_for_static_scales_only():
+    assert PLAIN_TEXT | PLAIN_NO_TEXT <= set(presets())
+    for name in PLAIN_TEXT | PLAIN_NO_TEXT:
+        assert Recipe.load(name).needs_text == (name in PLAIN_TEXT)
+        assert not Recipe.load(name).sequential
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_preset_survives_being_written_and_read_again(name, write):
+    loaded = Recipe.load(name)
+    again = Recipe.load(write(yaml.safe_dump(loaded.model_dump(mode="json"))))
+    assert again == loaded and hash(again) == hash(loaded)
+
+
+# Algorithms
+
+
+def test_every_step_may_be_written_short_or_long():
+    short = recipe(
+        {"match": "*", "weight": "nvfp4", "smooth": "awq", "rounding": "gptq"}, kv_cache="fp8"
+    )
+    long = recipe(
+        {
+            "match": ["*"],
+            "weight": {"format": "nvfp4"},
+            "smooth": {"method": "awq"},
+            "rounding": {"method": "gptq", "damping": 0.01},
+        },
+        kv_cache={"format": "fp8"},
+    )
+    assert short == long
+
+
+@pytest.mark.parametrize(
+    "steps, name",
+    [
+        ({}, "rtn"),
+        ({"smooth": "awq"}, "awq"),
+        ({"smooth": {"method": "smoothquant", "alpha": 0.5}}, "smoothquant"),
+        ({"rotate": 16}, "hadamard16"),
+        ({"low_rank": 8}, "svd8"),
+        ({"scales": "hessian"}, "hessian"),
+        ({"rounding": "gptq"}, "gptq"),
+        (
+            {
+                "smooth": "awq",
+                "rotate": 8,
+                "low_rank": 4,
+                "scales": "mse",
+                "rounding": "autoround",
+            },
+            "awq+hadamard8+svd4+mse+autoround",
+        ),
+        ({"scales": "four_over_six", "rounding": "gptq"}, "four_over_six+gptq"),
+    ],
+)
+def test_an_algorithm_is_called_by_its_steps(steps, name):
+    assert recipe({"match": "*", "weight": "nvfp4"} | steps).rules[0].algorithm == name
+
+
+@pytest.mark.parametrize(
+    "steps, needed",
+    [
+        ({}, False),
+        ({"activation": "mxfp4"}, False),
+        ({"activation": "nvfp4"}, True),
+        ({"activation": {"format": "int8", "granularity": "token"}}, False),
+        ({"activation": {"format": "int8", "granularity": "tensor"}}, True),
+        ({"rotate": 16}, False),
+        ({"low_rank": 8}, False),
+        ({"scales": "mse"}, False),
+        ({"scales": "sweep"}, False),
+        ({"scales": "four_over_six"}, False),
+        ({"scales": "hessian"}, True),
+        ({"scales": "clip"}, True),
+        ({"smooth": "awq"}, True),
+        ({"smooth": "smoothquant"}, True),
+        ({"rounding": "gptq"}, True),
+        ({"rounding": "autoround"}, True),
+    ],
+)
+def test_a_step_that_measures_outputs_needs_text(steps, needed):
+    rule = {"match": "*", "weight": "nvfp4"} | steps
+    assert recipe(rule).needs_text == needed
+    # One rule that needs it is enough.
+    assert recipe({"match": "*", "weight": "int8"}, rule).needs_text == needed
+
+
+@pytest.mark.parametrize(
+    "kv_cache, needed",
+    [
+        ("fp8", True),
+        ("nvfp4", True),
+        ("int8", False),
+        ({"format": "fp8", "granularity": "token"}, False),
+        ({"format": "int8", "bias": "key"}, True),
+        ({"format": "int8", "rotate": True}, False),
+    ],
+)
+def test_a_cache_needs_text_for_static_scales_and_biases(kv_cache, needed):
+    assert Recipe.model_validate({"kv_cache": kv_cache}).needs_text == needed
+    assert recipe({"match": "*", "weight": "int4"}, kv_cache=kv_cache).needs_text == needed
+
+
+@pytest.mark.parametrize(
+    "rounding, propagate, sequential",
+    [
+        ("nearest", None, False),
+        ("gptq", None, True),
+        ("autoround", None, True),
+        ("gptq", "original", False),
+        ("nearest", "quantized", True),
+    ],
+)
+def test_layers_see_quantized_layers_where_rounding_can_make_up_for_them(
+    rounding, propagate, sequential
+):
+    rule = {"match": "*", "weight": "int4", "smooth": "awq", "rounding": rounding}
+    assert recipe(rule, propagate=propagate).sequential == sequential
+
+
+@pytest.mark.parametrize(
+    "steps, problem",
+    [
+        ({"rotate": 6}, "channels has no block of 6; set 'rotate' to a power of two"),
+        ({"rotate": 32}, "mlp/down_proj/weight: a rotation of 48 channels has no block of 32"),
+        ({"low_rank": 33}, "has no rank 33; set 'low_rank'"),
+    ],
+)
+def test_a_step_that_does_not_fit_a_matrix_names_it(dense, steps, problem):
+    with pytest.raises(UserError, match="^layers/0/") as error:
+        recipe({"match": "*", "weight": "int8"} | steps).plan(dense)
+    assert problem in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [{"rotate": 8}, {"low_rank": 2}, {"smooth": "awq"}, {"rounding": "gptq"}, {"scales": "clip"}],
+)
+def test_an_embedding_has_no_input_that_an_algorithm_could_read(dense, steps):
+    rule = {"match": "*", "weight": "int8"} | steps
+    with pytest.raises(UserError, match="no activation reaches embed_tokens/weight"):
+        recipe(rule, skip=[]).plan(dense)
+    assert "lm_head/weight" in recipe(rule, skip=["embed_tokens/*"]).plan(dense)
 
 
 # Rules
@@ -220,7 +398,7 @@ def test_a_file_reads_like_the_preset_it_copies(write):
             activation:
               format: fp8
               granularity: token
-            algorithm: rtn
+            rounding: nearest
         skip: [lm_head/*, embed_tokens/*, "*/router/*"]
         """
     )
@@ -253,7 +431,7 @@ _RULE = "rules: [{match: '*', weight: fp8}]"
             "rules.0.activation.static",
         ),
         # missing keys
-        ("description: nothing else", "rules"),
+        ("description: nothing else", "neither 'rules' nor a 'kv_cache'"),
         ("rules: [{weight: fp8}]", "rules.0.match"),
         ("rules: [{match: '*'}]", "rules.0.weight"),
         ("rules: [{match: '*', weight: {block_size: 16}}]", "rules.0.weight.format"),
@@ -288,7 +466,45 @@ _RULE = "rules: [{match: '*', weight: fp8}]"
         ("rules: [{match: [], weight: fp8}]", "rules.0.match"),
         # values that do not exist, or do not go together
         ("rules: [{match: '*', weight: fp7}]", "'fp7' is unknown; known are"),
-        ("rules: [{match: '*', weight: fp8, algorithm: magic}]", "rules.0.algorithm"),
+        ("rules: [{match: '*', weight: fp8, algorithm: rtn}]", "rules.0.algorithm"),
+        ("rules: [{match: '*', weight: fp8, smooth: magic}]", "rules.0.smooth.method"),
+        ("rules: [{match: '*', weight: fp8, rounding: up}]", "rules.0.rounding.method"),
+        ("rules: [{match: '*', weight: fp8, scales: best}]", "rules.0.scales"),
+        ("rules: [{match: '*', weight: fp8, rotate: -8}]", "rules.0.rotate"),
+        ("rules: [{match: '*', weight: fp8, rotate: true}]", "rules.0.rotate"),
+        ("rules: [{match: '*', weight: fp8, low_rank: few}]", "rules.0.low_rank"),
+        (
+            "rules: [{match: '*', weight: fp8, rounding: {method: gptq, damping: 0}}]",
+            "rules.0.rounding.damping",
+        ),
+        (
+            "rules: [{match: '*', weight: fp8, rounding: {method: gptq, dampening: 1}}]",
+            "unknown key 'rules.0.rounding.dampening'",
+        ),
+        (
+            "rules: [{match: '*', weight: fp8, smooth: {method: smoothquant, alpha: most}}]",
+            "rules.0.smooth.alpha",
+        ),
+        ("rules: [{match: '*', weight: int4, scales: sweep}]", "rules.0: scale method 'sweep'"),
+        ("rules: [{match: '*', weight: mxfp4, scales: four_over_six}]", "belongs to 'nvfp4'"),
+        (_RULE + "\nkv_cache: fp4", "kv_cache.format"),
+        (_RULE + "\nkv_cache: {format: int8, search: mse}", "kv_cache: search 'mse'"),
+        (_RULE + "\nrotation: {residual: true}", "unknown key 'rotation.residual'"),
+        (_RULE + "\nrotation: hidden", "rotation"),
+        (_RULE + "\nexperts: {tokens: some}", "experts.tokens"),
+        (_RULE + "\nexperts: {min_tokens: 0}", "experts.min_tokens"),
+        (_RULE + "\nfold: 1", "fold"),
+        (_RULE + "\npropagate: both", "propagate"),
+        (
+            "rules: [{match: '*', weight: fp8, activation: {format: fp8, granularity: token, "
+            "calibrator: mse}}]",
+            "calibrator 'mse' needs a static scale",
+        ),
+        (
+            "rules: [{match: '*', weight: fp8, activation: {format: fp8, search: mse}}]",
+            "no block scales to search",
+        ),
+        ("rules: [{match: '*', weight: null, rounding: gptq}]", "need a weight format"),
         (
             "rules: [{match: '*', weight: {format: fp8, granularity: row}}]",
             "rules.0.weight.granularity",
@@ -305,7 +521,7 @@ _RULE = "rules: [{match: '*', weight: fp8}]"
             "rules: [{match: '*', weight: fp8, activation: {format: int4, symmetric: false}}]",
             "zero point",
         ),
-        ("rules: [{match: '*', weight: null, activation: fp8}]", "needs a weight format"),
+        ("rules: [{match: '*', weight: null, activation: fp8}]", "need a weight format"),
         # not a recipe at all
         ("rules: [", "not valid YAML"),
         ("rules: \t[]", "not valid YAML"),
@@ -365,6 +581,35 @@ def test_overrides_set_values_of_any_type():
     assert rule.match == ("layers/0/*", "layers/1/*")
     assert rule.activation.spec().granularity == "channel"
     assert (loaded.description, loaded.skip) == ("a = b", ())
+
+
+def test_overrides_reach_the_options_of_algorithms():
+    loaded = Recipe.load(
+        "nvfp4",
+        [
+            "rules.0.rounding=gptq",
+            "rules.0.rounding.act_order=true",
+            "rules.0.rounding.damping=0.1",
+            "rules.0.smooth={method: smoothquant, alpha: search}",
+            "rules.0.scales=hessian",
+            "rules.0.rotate=16",
+            "rules.0.activation.search=mse",
+            "kv_cache=nvfp4",
+            "kv_cache.rotate=true",
+            "rotation={hidden: true, seed: 3}",
+            "experts={tokens: all}",
+            "fold=false",
+            "propagate=original",
+        ],
+    )
+    (rule,) = loaded.rules
+    assert (rule.rounding.act_order, rule.rounding.damping) == (True, 0.1)
+    assert rule.smooth is not None and rule.smooth.alpha == "search"
+    assert rule.algorithm == "smoothquant+hadamard16+hessian+gptq"
+    assert rule.activation is not None and rule.activation.search == "mse"
+    assert loaded.kv_cache is not None and loaded.kv_cache.rotate
+    assert loaded.rotation.seed == 3 and loaded.experts.tokens == "all"
+    assert not loaded.fold and not loaded.sequential
 
 
 def test_an_override_may_take_something_away():
