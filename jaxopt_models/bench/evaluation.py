@@ -1,6 +1,5 @@
 """How long evaluating takes here and with transformers + torch, on the same windows in one run."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import numpy as np
 from jaxopt_models import data
 from jaxopt_models.checkpoint.export import export_hf
 from jaxopt_models.checkpoint.load import load
+from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate
 
@@ -68,7 +68,7 @@ def bench_evaluation(
         "all_seconds": {"ours": ours, "peer": [figures["seconds"] for figures in theirs]},
         "device": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}",
         "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}
-        | {"jaxopt-models": importlib.metadata.version("jaxopt-models")}
+        | {"jaxopt-models": package_version("jaxopt-models")}
         | best["versions"],
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -1,0 +1,238 @@
+"""The two texts that the quality bench measures on, rebuilt from two Debian packages.
+
+    python -m jaxopt_models.bench.texts DIR [--deb FILE ...]
+
+`DIR/calib.txt` is technical prose (debian-handbook), `DIR/eval.txt` political prose (anarchism, an
+FAQ). Both packages are free and come with every Debian mirror, so a machine without a model hub can
+have the texts, byte for byte the same: their SHA-256 is checked. Nothing is unpacked to disk.
+"""
+
+import argparse
+import hashlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+
+from jaxopt_models.bench.debian_package import Package
+from jaxopt_models.errors import UserError
+
+_SHORTEST_PARAGRAPH = 120  # characters; shorter ones are captions and menus
+_BLOCK = 6000  # characters that paragraphs are grouped to, at least
+_TARGET = 450_000  # bytes
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text and the package that it is made from.
+
+    Attributes:
+      file: what the text is called.
+      package, version: the Debian package.
+      folder: where in the package its HTML pages are.
+      sha256: of the text.
+    """
+
+    file: str
+    package: str
+    version: str
+    folder: str
+    sha256: str
+
+
+CALIBRATION = TextSource(
+    "calib.txt",
+    "debian-handbook",
+    "11.20220922",
+    "usr/share/doc/debian-handbook/html/en-US",
+    "51a5a544967ea1562d8c6fd803fb4541a1748349daf07563b2849fae4c8b3b47",
+)
+EVALUATION = TextSource(
+    "eval.txt",
+    "anarchism",
+    "15.3-3",
+    "usr/share/doc/anarchism/html",
+    "1317396dacbc4f79263dee55ee9bf6a87f66d845552f7f9b9daf2c33d2a3518c",
+)
+SOURCES = (CALIBRATION, EVALUATION)
+
+
+def build_texts(
+    directory: Path, debs: Sequence[Path] = (), sources: Sequence[TextSource] = SOURCES
+) -> list[Path]:
+    """Writes each source's text into `directory`; one that is there already is kept.
+
+    Args:
+      directory: created if missing.
+      debs: package files; without any, `apt-get download` fetches what is needed.
+      sources: what to make.
+
+    Returns:
+      The paths of the texts, in the order of `sources`.
+
+    Raises:
+      UserError: a package is missing, damaged or of another version, or a text comes out different.
+    """
+    targets = [directory / source.file for source in sources]
+    wanted = [s for s, t in zip(sources, targets, strict=True) if not _is_there(t, s.sha256)]
+    if not wanted:
+        return targets
+    with tempfile.TemporaryDirectory() as scratch:
+        files = debs or _download([source.package for source in wanted], Path(scratch))
+        packages = [Package.read(file) for file in files]
+    for source in wanted:
+        _write(directory / source.file, _checked_text(source, packages))
+    return targets
+
+
+def compose(pages: Iterable[str]) -> str:
+    """A text of about 450 kB from the paragraphs of HTML pages, taken evenly from all of them.
+
+    Long paragraphs, each once, are grouped in order into blocks; of `n` blocks those numbered
+    `floor(i n / k)`, `i < k`, stay, with `k` such that about the target of bytes remains.
+    """
+    paragraphs = (" ".join(text.split()) for page in pages for text in _Paragraphs.of(page))
+    kept = [
+        p
+        for p in paragraphs
+        if len(p) >= _SHORTEST_PARAGRAPH and "\N{REPLACEMENT CHARACTER}" not in p
+    ]
+    blocks = list(_blocks(dict.fromkeys(kept)))
+    if not blocks:
+        return ""
+    size = sum(len(block.encode()) for block in blocks)
+    count = min(len(blocks), max(1, round(len(blocks) * _TARGET / size)))
+    return "\n\n".join(blocks[i * len(blocks) // count] for i in range(count)) + "\n"
+
+
+def _blocks(paragraphs: Iterable[str]) -> Iterator[str]:
+    """Paragraphs joined by blank lines to at least `_BLOCK` characters; a rest is left out."""
+    block: list[str] = []
+    length = 0
+    for paragraph in paragraphs:
+        block.append(paragraph)
+        length += len(paragraph)
+        if length >= _BLOCK:
+            yield "\n\n".join(block)
+            block, length = [], 0
+
+
+class _Paragraphs(HTMLParser):
+    """Collects running text: what is in <p> or <div class="para">, up to the next block element."""
+
+    _HIDING = {"head", "pre", "script", "style", "table"}
+    _CLOSED_BY_END = {"blockquote", "div", "h1", "h2", "h3", "h4", "li", "ol", "p", "ul"}
+    _CLOSED_BY_START = _CLOSED_BY_END | _HIDING | {"dd", "dl", "dt", "hr"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._open: list[str] | None = None
+        self._hidden = 0
+
+    @classmethod
+    def of(cls, page: str) -> list[str]:
+        parser = cls()
+        parser.feed(page)
+        parser._close()
+        return parser.found
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self._CLOSED_BY_START:
+            self._close()
+        if tag in self._HIDING:
+            self._hidden += 1
+        elif tag == "p" or (tag == "div" and ("class", "para") in attrs):
+            self._open = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._CLOSED_BY_END:
+            self._close()
+        elif tag in self._HIDING and self._hidden:
+            self._hidden -= 1
+
+    def handle_data(self, data: str) -> None:
+        if self._open is not None and not self._hidden:
+            self._open.append(data)
+
+    def _close(self) -> None:
+        if self._open:
+            self.found.append("".join(self._open))
+        self._open = None
+
+
+def _checked_text(source: TextSource, packages: Iterable[Package]) -> str:
+    package = next((p for p in packages if p.name == source.package), None)
+    if package is None:
+        raise UserError(
+            f"{source.file} is made from the Debian package {source.package}, which none of the "
+            "files is; give its .deb too"
+        )
+    text = compose(package.pages(source.folder))
+    if hashlib.sha256(text.encode()).hexdigest() != source.sha256:
+        reason = (
+            "this Python's HTML parser reads it differently; use another version of Python"
+            if package.version == source.version
+            else f"give the .deb of version {source.version}"
+        )
+        raise UserError(
+            f"{source.package} {package.version} gives another {source.file} than expected: "
+            f"{reason}"
+        )
+    return text
+
+
+def _download(packages: Sequence[str], folder: Path) -> list[Path]:
+    remedy = "run `apt-get update`, or give package files with --deb"
+    try:
+        done = subprocess.run(
+            ["apt-get", "download", *packages], cwd=folder, capture_output=True, text=True
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            "there is no apt-get here to fetch Debian packages with; give the files of "
+            f"{' and '.join(packages)} with --deb"
+        ) from error
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"apt-get cannot download {' and '.join(packages)} ({reason}); {remedy}")
+    return sorted(folder.glob("*.deb"))
+
+
+def _is_there(path: Path, sha256: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; a mistake is one line on standard error and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jaxopt_models.bench.texts",
+        description="Make calib.txt and eval.txt for `jaxopt-models bench quality`.",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--deb", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
+        help="package files, instead of fetching them with apt-get",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        for path in build_texts(options.directory, options.deb, SOURCES):
+            print(f"{path}: {path.stat().st_size} bytes, as expected")
+    except UserError as error:
+        print(f"texts: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
