@@ -24,16 +24,18 @@ hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs in pytest's own cache directory, shared by workers and later runs.
+    """Keep compiled programs in pytest's own cache directory for later runs.
 
-    Most of the suite's time is XLA compiling the same tiny models again: a first run takes about
-    three quarters of the time with it, a repeated one a quarter. `pytest --cache-clear` empties it.
+    Most of the suite's time is XLA compiling the same tiny models again: a repeated run takes about
+    a quarter of the time. `pytest --cache-clear` empties it. Each worker has a directory of its
+    own: entries are not written atomically, and XLA crashes on one that is read half-written.
     """
     cache: pytest.Cache | None = getattr(config, "cache", None)
     if cache is None:  # pytest -p no:cacheprovider
         return
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     for name, value in {
-        "jax_compilation_cache_dir": str(cache.mkdir("jax")),
+        "jax_compilation_cache_dir": str(cache.mkdir(f"jax-{worker}")),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():

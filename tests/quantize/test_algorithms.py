@@ -75,7 +75,6 @@ RULES: dict[str, dict[str, Any]] = {
     "nvfp4 gptq": W4A4 | {"rounding": "gptq"},
     "nvfp4 hessian": W4A4 | {"scales": "hessian"},
     "nvfp4 svd": W4A4 | {"low_rank": 6},
-    "nvfp4 awq svd": W4A4 | {"smooth": "awq", "low_rank": 6},
     "mxfp4": MXFP4,
     "mxfp4 rotated": MXFP4 | {"rotate": 32},
     "mxfp4 gptq": MXFP4 | {"rounding": "gptq"},
@@ -168,9 +167,8 @@ def test_a_low_rank_correction_costs_its_bits():
         INT4 | {"smooth": "awq", "scales": "clip"},
         INT4 | {"rotate": 16, "scales": "hessian", "rounding": "gptq"},
         W4A4 | {"smooth": "awq", "low_rank": 4, "scales": "hessian", "rounding": "gptq"},
-        W4A4 | {"smooth": "awq", "rotate": 32, "scales": "four_over_six", **AUTOROUND},
+        W4A4 | {"smooth": "smoothquant", "rotate": 32, "scales": "four_over_six"},
         MXFP4 | {"rotate": 32, "low_rank": 4, "scales": "sweep", "rounding": "gptq"},
-        INT8 | {"smooth": "smoothquant", "rotate": 8, "scales": "mse"},
         {
             "weight": {"format": "int4", "block_size": 16, "symmetric": False},
             "activation": {"format": "fp8", "granularity": "tensor", "calibrator": "percentile"},
