@@ -409,7 +409,7 @@ def _for_method(statistics: InputStatistics | None, method: Method) -> InputStat
     """Only what `finish` reads, so that it is compiled once whatever else was remembered."""
     if statistics is None:
         return None
-    needed = method.rounding.method == "gptq" or method.scales in ("hessian", "clip", "sweep")
+    needed = method.rounding.method == "gptq" or method.scales in ("hessian", "clip")
     return replace(
         statistics,
         histogram=None,

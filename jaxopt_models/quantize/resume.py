@@ -66,7 +66,7 @@ class LayerStore:
             self.directory.mkdir(parents=True, exist_ok=True)
             if marker.exists():
                 self._check(marker, digest)
-            elif any(self.directory.iterdir()):
+            elif any(not file.name.startswith(".") for file in self.directory.iterdir()):
                 raise UserError(f"{self.directory}: holds other files; choose an empty directory")
             else:
                 _write(marker, json.dumps({"run": digest}).encode())
