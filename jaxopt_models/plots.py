@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxopt_models.errors import UserError
-from jaxopt_models.quantize.layer import GROUPS, TensorReport
+from jaxopt_models.quantize.groups import GROUPS
+from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.options import UNITS, Point, Unit
 from jaxopt_models.quantize.ptq import Report
 

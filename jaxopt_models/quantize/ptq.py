@@ -21,11 +21,12 @@ from jaxopt_models.hadamard import orthogonal
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
-from jaxopt_models.quantize import layer as layers
 from jaxopt_models.quantize import rotate
 from jaxopt_models.quantize.experts import complete
+from jaxopt_models.quantize.groups import Plan, leader_tap, wants
 from jaxopt_models.quantize.kv import kv_measure, kv_merge, kv_quantizer
-from jaxopt_models.quantize.layer import LayerJob, Plan, TensorReport
+from jaxopt_models.quantize.layer import TensorReport, check_weights, quantize_layer
+from jaxopt_models.quantize.layer_smoothing import LayerJob, smooth_layer
 from jaxopt_models.quantize.method import Method
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.quantize.reconstruct import reconstruct
@@ -202,7 +203,7 @@ def _move_on(run: _Run, index: int, layer: Any) -> None:
         if run.recipe.sequential:
             run.stream.advance(layer, kind)
         else:
-            wanted = layers.wants(_plan(run, index))
+            wanted = wants(_plan(run, index))
             run.stream.observe(_dense(run, run.params["layers"][index]), kind, wanted, True)
 
 
@@ -231,25 +232,25 @@ def _quantize_layer(run: _Run, index: int) -> tuple[Any, list[TensorReport]]:
     prefix, kind = f"layers/{index}/", run.config.attention_kinds[index]
     plan = _plan(run, index)
     layer = _dense(run, run.params["layers"][index])
-    layers.check_weights(layer, plan, prefix)
+    check_weights(layer, plan, prefix)
     taps: dict[str, InputStatistics] = {}
     here = None
     if run.stream:
         here = run.stream.fork()
         with run.calibration:
-            wanted = layers.wants(plan)
+            wanted = wants(plan)
             advance = not run.recipe.sequential
             taps = run.stream.observe(layer, kind, wanted, advance)
             taps = complete(here, layer, kind, wanted, taps, run.recipe.experts, prefix)
         for name in plan:
-            check(f"{prefix}{name}/weight", taps[layers.leader_tap(name)])
-    job = layers.smooth_layer(run.config, layer, plan, taps, run.recipe.fold)
+            check(f"{prefix}{name}/weight", taps[leader_tap(name)])
+    job = smooth_layer(run.config, layer, plan, taps, run.recipe.fold)
     if here:
         with run.calibration:
             _look_again(here, kind, job, plan)
     rounded = reconstruct(here, kind, job, plan) if here else {}
     kv_cache = _kv_cache(run, here, kind, job)
-    layer, rows = layers.quantize_layer(job, plan, prefix, rounded)
+    layer, rows = quantize_layer(job, plan, prefix, rounded)
     if kv_cache is not None:
         layer = layer | {"self_attn": layer["self_attn"] | {"kv_cache": kv_cache}}
     if run.stream and run.recipe.sequential:
@@ -277,11 +278,11 @@ def _observe_smoothed(
 ) -> None:
     """The same for linears of one method."""
     wanted = Wanted(histogram=True, rotate=method.rotate)
-    scales = {layers.leader_tap(n): job.pre_scale[n] for n in names if n in job.pre_scale}
-    wants = {layers.leader_tap(name): wanted for name in names}
+    scales = {leader_tap(n): job.pre_scale[n] for n in names if n in job.pre_scale}
+    wants = {leader_tap(name): wanted for name in names}
     seen = here.observe(job.layer, kind, wants, scales=scales)
     for name in names:
-        new = seen[layers.leader_tap(name)]
+        new = seen[leader_tap(name)]
         job.statistics[name] = replace(
             job.statistics[name],
             amax=new.amax,
@@ -317,13 +318,13 @@ def _ends(run: _Run, params: Any) -> tuple[Any, list[TensorReport]]:
             if name != "lm_head" or run.stream is None:
                 raise UserError(f"no activation reaches {path}; it cannot be calibrated")
             with run.calibration:
-                wanted = layers.wants({name: method})[layers.leader_tap(name)]
-                taps[layers.leader_tap(name)] = head_statistics(run.stream, params, wanted)
-            check(path, taps[layers.leader_tap(name)])
+                wanted = wants({name: method})[leader_tap(name)]
+                taps[leader_tap(name)] = head_statistics(run.stream, params, wanted)
+            check(path, taps[leader_tap(name)])
         end = {name: jax.device_put(params[name])}
-        layers.check_weights(end, {name: method}, "")
-        job = layers.smooth_layer(run.config, end, {name: method}, taps, False)
-        quantized, row = layers.quantize_layer(job, {name: method}, "", {})
+        check_weights(end, {name: method}, "")
+        job = smooth_layer(run.config, end, {name: method}, taps, False)
+        quantized, row = quantize_layer(job, {name: method}, "", {})
         params, rows = params | _where(params[name], quantized), rows + row
     return params, rows
 

@@ -16,7 +16,9 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import positions_of
 from jaxopt_models.qtensor import DenseTensor
 from jaxopt_models.quantize.autoround import autoround
-from jaxopt_models.quantize.layer import LayerJob, Plan, Rounded, prepare_layer, static_amax
+from jaxopt_models.quantize.groups import Plan
+from jaxopt_models.quantize.layer import Rounded, prepare_layer, static_amax
+from jaxopt_models.quantize.layer_smoothing import LayerJob
 from jaxopt_models.quantize.matrix import find_scales
 
 
@@ -26,7 +28,7 @@ def reconstruct(stream: Stream, kind: Any, job: LayerJob, plan: Plan) -> dict[st
     Args:
       stream: at the input of the layer.
       kind: its kind of attention.
-      job: from `layer.smooth_layer`.
+      job: from `layer_smoothing.smooth_layer`.
       plan: method by linear; those of other methods stay dense here.
 
     Returns:

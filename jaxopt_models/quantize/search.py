@@ -30,9 +30,9 @@ from jaxopt_models.quantize.candidates import (
     named,
     with_paths,
 )
+from jaxopt_models.quantize.groups import group_of
 from jaxopt_models.quantize.kv import KVChoice
 from jaxopt_models.quantize.latency import product_key, product_seconds
-from jaxopt_models.quantize.layer import group_of
 from jaxopt_models.quantize.method import Strict
 from jaxopt_models.quantize.mixture import Scores
 from jaxopt_models.quantize.options import CacheOption, Fixed, Group, Option

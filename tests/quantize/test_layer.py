@@ -16,17 +16,9 @@ from jaxopt_models.models.block import block
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init, positions_of
 from jaxopt_models.qtensor import DenseTensor, QTensor
-from jaxopt_models.quantize.layer import (
-    LayerJob,
-    check_weights,
-    group_of,
-    leader_tap,
-    prepare_layer,
-    quantize_layer,
-    smooth_layer,
-    static_amax,
-    wants,
-)
+from jaxopt_models.quantize.groups import group_of, leader_tap, wants
+from jaxopt_models.quantize.layer import check_weights, prepare_layer, quantize_layer, static_amax
+from jaxopt_models.quantize.layer_smoothing import LayerJob, smooth_layer
 from jaxopt_models.quantize.method import Method
 from jaxopt_models.statistics import InputStatistics, Wanted
 

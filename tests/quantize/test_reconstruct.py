@@ -16,14 +16,9 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init
 from jaxopt_models.numerics import from_grid, to_grid
 from jaxopt_models.qtensor import QTensor
-from jaxopt_models.quantize.layer import (
-    LayerJob,
-    Rounded,
-    prepare_layer,
-    quantize_layer,
-    smooth_layer,
-    wants,
-)
+from jaxopt_models.quantize.groups import wants
+from jaxopt_models.quantize.layer import Rounded, prepare_layer, quantize_layer
+from jaxopt_models.quantize.layer_smoothing import LayerJob, smooth_layer
 from jaxopt_models.quantize.method import Method
 from jaxopt_models.quantize.reconstruct import reconstruct
 
