@@ -17,17 +17,12 @@ from jaxopt_models.quantize.recipe import Recipe
 _MODEL = "smollm2-135m"
 _RECIPES = (
     "fp8",
-    "fp8_dynamic",
     "int8",
-    "int8_smoothquant",
     "mxfp8",
     "int4",
     "int4_awq",
     "int4_gptq",
-    "int4_awq_gptq",
-    "nf4",
     "nvfp4",
-    "nvfp4_awq",
     "nvfp4_awq_gptq",
     "mxfp4",
     "mxfp4_rotated",
