@@ -143,8 +143,9 @@ class Stream:
     def _kept(self, x: jax.Array) -> Any:
         if self._mesh is None:
             return np.asarray(x)
-        rows = PartitionSpec("data") if x.shape[0] % self._mesh.shape["data"] == 0 else None
-        return jax.device_put(x, NamedSharding(self._mesh, rows or PartitionSpec()))
+        even = x.shape[0] % self._mesh.shape["data"] == 0
+        spec = PartitionSpec("data") if even else PartitionSpec()
+        return jax.device_put(x, NamedSharding(self._mesh, spec))
 
 
 def calibrate(

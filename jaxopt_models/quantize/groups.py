@@ -38,13 +38,9 @@ def wants(plan: Plan) -> dict[str, Wanted]:
     """What calibration must remember of each input of a layer for the methods in `plan`."""
     found: dict[str, Wanted] = {}
     for name, method in plan.items():
-        static = method.activation is not None and method.activation.calibrated
-        histogram = (
-            static and method.activation is not None and method.activation.calibrator != "max"
-        )
         mine = Wanted(
             second_moment=method.needs_second_moment,
-            histogram=histogram,
+            histogram=method.needs_histogram,
             sample=_SAMPLE,
             rotate=0 if method.smooth else method.rotate,
         )

@@ -113,7 +113,7 @@ def quantize_layer(
       UserError: where GPTQ finds no factorisation.
     """
     prepared, shared = prepare_layer(job, plan)
-    layer, rows = job.layer, []
+    leaves, rows = {}, []
     for name, method in plan.items():
         began = time.perf_counter()
         statistics = job.statistics.get(name)
@@ -128,8 +128,8 @@ def quantize_layer(
         path = f"{prefix}{name}/weight"
         rows.append(report_row(path, method, leaf, figures, time.perf_counter() - began))
         leaf = replace(leaf, pre_scale=job.pre_scale.get(name), dtype=job.dtypes[name])
-        layer = tree.replace(layer, {f"{name}/weight": leaf})
-    return layer, rows
+        leaves[f"{name}/weight"] = leaf
+    return tree.replace(job.layer, leaves), rows
 
 
 def shared_amax(weights: Mapping[str, jax.Array], plan: Plan) -> dict[str, jax.Array]:

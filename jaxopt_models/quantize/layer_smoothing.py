@@ -124,14 +124,11 @@ def _find_factors(
     assert method.weight is not None and method.smooth is not None
     how, spec = method.smooth, method.weight.spec()
     activation = None if method.activation is None else method.activation.spec()
+    if how.method == "smoothquant" and how.alpha != "search":
+        return smoothquant(weights, statistics, how.alpha, tied=tied)
     search = method.activation.search if method.activation else "max"
-    if how.method == "awq":
-        return awq(weights, statistics, spec, activation, search=search, tied=tied)[0]
-    if how.alpha == "search":
-        return search_smoothquant(weights, statistics, spec, activation, search=search, tied=tied)[
-            0
-        ]
-    return smoothquant(weights, statistics, how.alpha, tied=tied)
+    best = awq if how.method == "awq" else search_smoothquant
+    return best(weights, statistics, spec, activation, search=search, tied=tied)[0]
 
 
 def _shared_factors(

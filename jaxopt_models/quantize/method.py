@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_
 from jaxopt_models.block_search import Search, has_search
 from jaxopt_models.formats import QuantSpec, resolve
 from jaxopt_models.qtensor import InputQuantizer
+from jaxopt_models.quantize.calibrators import InputMethod
 from jaxopt_models.quantize.scales import ScaleMethod, check_method
 
 
@@ -52,7 +53,7 @@ class ActivationChoice(FormatChoice):
     `block_search`.
     """
 
-    calibrator: Literal["max", "percentile", "entropy", "mse", "headroom"] = "max"
+    calibrator: InputMethod = "max"
     percentile: float = Field(default=99.99, gt=50, le=100)
     search: Search = "max"
 
@@ -155,6 +156,11 @@ class Method(Strict):
             or self.scales in ("hessian", "clip")
             or self.smooth is not None
         )
+
+    @property
+    def needs_histogram(self) -> bool:
+        """Whether the input's static magnitude is read off its histogram."""
+        return self.activation is not None and self.activation.calibrator != "max"
 
     @property
     def needs_text(self) -> bool:

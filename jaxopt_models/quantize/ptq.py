@@ -269,7 +269,7 @@ def _look_again(here: Stream, kind: Any, job: LayerJob, plan: Plan) -> None:
         activation = method.activation
         if not method.smooth or activation is None or not activation.calibrated:
             continue
-        if method.rotate or activation.calibrator != "max":
+        if method.rotate or method.needs_histogram:
             _observe_smoothed(here, kind, job, [n for n in plan if plan[n] == method], method)
 
 
@@ -279,8 +279,8 @@ def _observe_smoothed(
     """The same for linears of one method."""
     wanted = Wanted(histogram=True, rotate=method.rotate)
     scales = {leader_tap(n): job.pre_scale[n] for n in names if n in job.pre_scale}
-    wants = {leader_tap(name): wanted for name in names}
-    seen = here.observe(job.layer, kind, wants, scales=scales)
+    taps = {leader_tap(name): wanted for name in names}
+    seen = here.observe(job.layer, kind, taps, scales=scales)
     for name in names:
         new = seen[leader_tap(name)]
         job.statistics[name] = replace(
