@@ -1,4 +1,7 @@
-"""Settings of every test: 8 virtual CPU devices, strict dtypes and ranks, and no network."""
+"""Settings of every test: 8 virtual CPU devices, strict dtypes and ranks, and no network.
+
+Compiled programs are not kept on disk: XLA on CPU crashes on reading some of them back.
+"""
 
 import os
 
@@ -21,26 +24,6 @@ hypothesis.settings.register_profile(
     "ci", parent=hypothesis.settings.get_profile("local"), derandomize=True
 )
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Keep compiled programs in pytest's own cache directory for later runs.
-
-    Most of the suite's time is XLA compiling the same tiny models again: a repeated run takes about
-    a quarter of the time. `pytest --cache-clear` empties it. Each worker has a directory of its
-    own: entries are not written atomically, and XLA crashes on one that is read half-written.
-    """
-    cache: pytest.Cache | None = getattr(config, "cache", None)
-    if cache is None:  # pytest -p no:cacheprovider
-        return
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-    for name, value in {
-        "jax_compilation_cache_dir": str(cache.mkdir(f"jax-{worker}")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)  # for the processes that tests start
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

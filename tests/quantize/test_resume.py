@@ -103,15 +103,10 @@ def whole() -> dict[str, tuple[Any, Report]]:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, whole) -> dict[str, Path]:
-    """Stores of processes that were killed after two of three layers.
-
-    After the whole runs, whose compiled programs they find in pytest's cache.
-    """
+    """Stores of processes that were killed after two of three layers."""
     stores = {name: tmp_path_factory.mktemp("stores") / name for name in RECIPES}
-    # They read the cache and write nothing to it, since being killed would leave half an entry.
-    reading = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
     running = [
-        subprocess.Popen([sys.executable, "-c", _KILLED, json.dumps(arguments)], env=reading)
+        subprocess.Popen([sys.executable, "-c", _KILLED, json.dumps(arguments)], env=os.environ)
         for arguments in (
             [HF, RECIPES[name], [batch.tolist() for batch in TEXT], str(store)]
             for name, store in stores.items()
