@@ -89,7 +89,7 @@ class Recipe(Strict):
     Attributes:
       name: what the recipe is called in reports.
       description: one line for humans.
-      aliases: other names of a preset, among them those that ModelOpt gives it.
+      aliases: other names of a preset: those that ModelOpt and llm-compressor give it.
       skip: globs of paths that no rule may touch.
       rules: the last that matches a path decides.
       kv_cache: format of cached keys and values; None leaves them in the compute dtype.
@@ -232,8 +232,8 @@ def _read(source: str | Path) -> tuple[str, str]:
 
 def _preset_named(name: str) -> str:
     """The preset that has this name or alias, in upper or lower case."""
-    if name in presets():
-        return name
+    if name.lower() in presets():
+        return name.lower()
     for preset in presets():
         fields = yaml.safe_load((_preset_folder() / f"{preset}.yaml").read_text(encoding="utf-8"))
         if name.lower() in (alias.lower() for alias in fields.get("aliases", ())):

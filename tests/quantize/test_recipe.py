@@ -69,10 +69,11 @@ def formats(plan) -> dict[str, str]:
 
 def meant(name: str, path: str) -> bool:
     """Whether a preset is for a matrix, from its name: all but a few are for all."""
-    parts = {"nvfp4_experts_only": "/experts/", "nvfp4_mlp_only": "/mlp/"}
     if name == "nvfp4_omlp_only":
         return "/mlp/" in path or "/o_proj/" in path
-    return parts.get(name, "") in path
+    if "_mlp_" in name:
+        return "/mlp/" in path
+    return "/experts/" in path or "_experts_" not in name
 
 
 def test_there_are_presets_for_every_family_of_formats():
@@ -87,6 +88,30 @@ def test_a_preset_says_what_it_is_called_and_what_it_does(name):
     loaded = Recipe.load(name)
     assert loaded.name == name
     assert loaded.description and "\n" not in loaded.description
+
+
+# Of ModelOpt all that are for transformers that generate text, of llm-compressor the schemes.
+KNOWN_NAMES = """
+    FP8_DEFAULT_CFG FP8_PER_CHANNEL_PER_TOKEN_CFG FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG INT8_DEFAULT_CFG
+    INT8_SMOOTHQUANT_CFG INT8_WEIGHT_ONLY_CFG INT4_BLOCKWISE_WEIGHT_ONLY_CFG INT4_AWQ_CFG
+    W4A8_AWQ_BETA_CFG W4A8_NVFP4_FP8_CFG W4A8_MXFP4_FP8_CFG W4A16_NVFP4_CFG MXFP4_DEFAULT_CFG
+    MXFP6_DEFAULT_CFG MXFP8_DEFAULT_CFG MXINT8_DEFAULT_CFG NVFP4_DEFAULT_CFG NVFP4_AWQ_LITE_CFG
+    NVFP4_AWQ_CLIP_CFG NVFP4_AWQ_FULL_CFG NVFP4_SVDQUANT_DEFAULT_CFG NVFP4_FOUR_OVER_SIX_CFG
+    NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG NVFP4_MLP_ONLY_CFG
+    NVFP4_EXPERTS_ONLY_CFG NVFP4_OMLP_ONLY_CFG NVFP4_MLP_WEIGHT_ONLY_CFG MXFP4_MLP_WEIGHT_ONLY_CFG
+    FP8_KV_CFG FP8_AFFINE_KV_CFG NVFP4_KV_CFG NVFP4_AFFINE_KV_CFG NVFP4_KV_ROTATE_CFG
+    W4A16 W8A16 W8A8 FP8 FP8_DYNAMIC FP8_BLOCK NVFP4 NVFP4A16 MXFP4 MXFP4A16 MXFP8
+""".split()
+
+
+@pytest.mark.parametrize("name", KNOWN_NAMES)
+def test_presets_go_by_the_names_that_users_know(name):
+    assert Recipe.load(name) == Recipe.load(Recipe.load(name).name)
+
+
+def test_a_name_is_that_of_one_preset():
+    names = [name for preset in presets() for name in (preset, *Recipe.load(preset).aliases)]
+    assert len({name.lower() for name in names}) == len(names)
 
 
 @pytest.mark.parametrize("name", OF_DENSE_MODELS)
@@ -550,7 +575,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
         Recipe.load(tmp_path / "binary.yaml")
 
 
-@pytest.mark.parametrize("name", ["nvfp5", "NVFP4", "", "../recipes/fp8"])
+@pytest.mark.parametrize("name", ["nvfp5", "NVFP4_", "", "../recipes/fp8"])
 def test_an_unknown_name_lists_the_presets(name):
     with pytest.raises(UserError) as error:
         Recipe.load(name)
