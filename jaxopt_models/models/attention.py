@@ -98,15 +98,19 @@ def attend(
 def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):
     batch, length, heads, dim = query.shape
     groups = key.shape[1]
-    grouped = query.reshape(batch, length, groups, heads // groups, dim)
-    scores = jnp.einsum(
-        "btghd,bgsd->bghts", grouped, key, preferred_element_type=jnp.float32
-    ) * jnp.float32(scale)
+    sharing = heads // groups
+    # The heads that read one key are rows of one product with it, head by head, R = sharing · T:
+    # so scores come out as softmax reads them, and no copy of them is transposed.
+    by_key = jnp.moveaxis(query.reshape(batch, length, groups, sharing, dim), 1, 3)
+    rows = by_key.reshape(batch, groups, sharing * length, dim)
+    scores = jnp.einsum("bgrd,bgsd->bgrs", rows, key, preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    q, k = query_positions[:, :, None], key_positions[:, None, :]
+    q, k = jnp.tile(query_positions, (1, sharing))[:, :, None], key_positions[:, None, :]
     visible = k <= q if window is None else (k <= q) & (k > q - window)
-    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bghts,bgsd->btghd", weights, value, preferred_element_type=jnp.float32)
-    return mixed.astype(query.dtype).reshape(batch, length, heads, dim)
+    mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)
+    by_position = jnp.moveaxis(mixed.reshape(by_key.shape), 3, 1)
+    return by_position.astype(query.dtype).reshape(batch, length, heads, dim)
