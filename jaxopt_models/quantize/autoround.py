@@ -22,28 +22,22 @@ import numpy as np
 from flax import struct
 from jax import lax
 
-from jaxopt_models.elements import E4M3, Element, Levels, Minifloat, exponent_of, power_of_two
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import QuantSpec
-from jaxopt_models.numerics import (
-    Scales,
-    from_grid,
-    real_scale,
-    scales_from_amax,
-    tile_expand,
-    tile_reduce,
-    to_grid,
+from jaxopt_models.numerics import Scales
+from jaxopt_models.quantize.tuned import (
+    Matrix,
+    RoundedMatrix,
+    begin,
+    dense_matrix,
+    descend,
+    gradient_of,
+    round_matrix,
 )
 
 Arrays = dict[str, jax.Array]
 Apply = Callable[[Any, Arrays, jax.Array], jax.Array]
 
-_HALF_STEP = 0.5
-_MOST_SHRUNK = 0.5
-# E4M3 scales lie up to an eighth apart, so that at the full rate blocks flip between two of them.
-# Half of it left 0.47 of the nearest rounding's error on unseen text, the full rate 0.49, a quarter
-# 0.47 (nvfp4, 100 steps, mean of three layers of SmolLM2-135M).
-_E4M3_RATE = 0.5
 _CHECKS = 4  # looks at the whole text after the first, evenly over the steps
 _TINY = 2.0**-126
 
@@ -61,36 +55,6 @@ class Losses:
     nearest: jax.Array
     best: jax.Array
     batches: jax.Array
-
-
-@struct.dataclass
-class _Matrix:
-    """A matrix [N, K], or a stack of them, with the scales it starts from."""
-
-    weight: jax.Array
-    scales: Scales
-    spec: QuantSpec = struct.field(pytree_node=False)
-
-
-@struct.dataclass
-class _Rounded:
-    """Grid values, float32 of the matrix's shape, and the scales they belong to."""
-
-    grid: jax.Array
-    scales: Scales
-
-
-@struct.dataclass
-class _Tuned:
-    """What is optimised for one matrix, or its gradient.
-
-    Attributes:
-      offset: V, of the matrix's shape, in local grid steps.
-      shrink: m, of the scale's shape; None where scales stay.
-    """
-
-    offset: jax.Array
-    shrink: jax.Array | None
 
 
 @struct.dataclass
@@ -161,7 +125,7 @@ def autoround(
     best, losses = _optimize(
         apply,
         context,
-        {path: _Matrix(w, scales[path], specs[path]) for path, w in weights.items()},
+        {path: Matrix(w, scales[path], specs[path]) for path, w in weights.items()},
         _Text(inputs, targets, token_weights.astype(jnp.float32)),
         jnp.float32(rate),
         jax.random.key(seed),
@@ -196,7 +160,7 @@ def _check(weights, scales, specs, inputs, targets, token_weights, steps, batch)
 def _optimize(
     apply: Apply,
     context: Any,
-    matrices: dict[str, _Matrix],
+    matrices: dict[str, Matrix],
     text: _Text,
     rate: jax.Array,
     key: jax.Array,
@@ -204,7 +168,7 @@ def _optimize(
     steps: int,
     batch: int,
     tune_scales: bool,
-) -> tuple[dict[str, _Rounded], Losses]:
+) -> tuple[dict[str, RoundedMatrix], Losses]:
     """One loop over steps + 1 states; the last, whose learning rate is 0, is only looked at."""
     layer = partial(apply, context)
 
@@ -214,14 +178,14 @@ def _optimize(
     def step(state, schedule):
         tuned, best, least = state
         index, rows, rate, is_check = schedule
-        rounded = _over(_round, matrices, tuned)
-        dense = _over(_dense, matrices, rounded)
+        rounded = _over(round_matrix, matrices, tuned)
+        dense = _over(dense_matrix, matrices, rounded)
         best, least = lax.cond(
             is_check, check, lambda *state: state[-2:], index, dense, rounded, best, least
         )
         loss, cotangents = jax.value_and_grad(batch_loss)(dense, rows)
-        gradient = _over(_gradient, matrices, tuned, rounded, cotangents)
-        tuned = _over(partial(_descend, rate=rate), matrices, tuned, gradient)
+        gradient = _over(gradient_of, matrices, tuned, rounded, cotangents)
+        tuned = _over(partial(descend, rate=rate), matrices, tuned, gradient)
         return (tuned, best, least), (loss, least)
 
     def check(index, dense, rounded, best, least):
@@ -230,8 +194,8 @@ def _optimize(
         pick = partial(jnp.where, is_best)
         return jax.tree.map(pick, rounded, best), pick(loss, least)
 
-    tuned = {path: _start(matrix, tune_scales) for path, matrix in matrices.items()}
-    best = {path: _Rounded(tuned[path].offset, m.scales) for path, m in matrices.items()}
+    tuned = {path: begin(matrix, tune_scales) for path, matrix in matrices.items()}
+    best = {path: RoundedMatrix(tuned[path].offset, m.scales) for path, m in matrices.items()}
     schedule = _schedule(text.inputs.shape[0], steps, batch, rate, key)
     start = (tuned, best, jnp.float32(jnp.inf))
     (_, best, least), (losses, leasts) = lax.scan(step, start, schedule)
@@ -286,7 +250,7 @@ def _whole_loss(layer, dense: Arrays, text: _Text, batch: int) -> jax.Array:
     return _mean(*sums)
 
 
-def _over(function: Callable[..., Any], matrices: dict[str, _Matrix], *others: Any) -> Any:
+def _over(function: Callable[..., Any], matrices: dict[str, Matrix], *others: Any) -> Any:
     """The function of each matrix and what belongs to it, by path; of each expert on its own."""
     return {
         path: (jax.vmap(function) if matrix.weight.ndim == 3 else function)(
@@ -294,119 +258,3 @@ def _over(function: Callable[..., Any], matrices: dict[str, _Matrix], *others: A
         )
         for path, matrix in matrices.items()
     }
-
-
-def _start(matrix: _Matrix, tune_scales: bool) -> _Tuned:
-    shrink = jnp.ones(matrix.scales.scale.shape, jnp.float32) if tune_scales else None
-    return _Tuned(jnp.zeros(matrix.weight.shape, jnp.float32), shrink)
-
-
-def _round(matrix: _Matrix, tuned: _Tuned) -> _Rounded:
-    """Nearest grid values of the weight moved by its offset, under the shrunk scales.
-
-    Moving the weight, and not the quotient, leaves the rounding to `to_grid`.
-    """
-    scales = _shrink(matrix, tuned)
-    scale, _, y = _in_steps(matrix, scales)
-    offset = tuned.offset * _spacing(y, matrix.spec.element) * scale
-    weight = matrix.weight.astype(jnp.float32) + offset
-    return _Rounded(to_grid(weight, scales, matrix.spec), scales)
-
-
-def _dense(matrix: _Matrix, rounded: _Rounded) -> jax.Array:
-    return from_grid(rounded.grid, rounded.scales, matrix.spec).astype(matrix.weight.dtype)
-
-
-def _gradient(matrix: _Matrix, tuned: _Tuned, rounded: _Rounded, cotangent: jax.Array) -> _Tuned:
-    """Gradient at `tuned` of a loss that has the gradient `cotangent` at the dense matrix Ŵ.
-
-    With y = W / s and g = round(y + V δ), the rounding taken for the identity inside the range:
-        dŴ/dV = s δ                 inside, else 0
-        dŴ/dm = (g - y) ds/dm       inside, else (g - zero point) ds/dm
-    The rounding of a scale to its dtype is taken for the identity as well, so that ds/dm is the
-    scale at m = 1.
-    """
-    element, cotangent = matrix.spec.element, cotangent.astype(jnp.float32)
-    scale, zero, y = _in_steps(matrix, rounded.scales)
-    spacing = _spacing(y, element)
-    moved, reach = y + tuned.offset * spacing, _HALF_STEP * spacing
-    inside = (moved >= element.lowest - reach) & (moved <= element.largest + reach)
-    offset = jnp.where(inside, cotangent * scale * spacing, 0.0)
-    if tuned.shrink is None:
-        return _Tuned(offset, None)
-    error = rounded.grid - jnp.where(inside, y, zero)
-    tile = matrix.spec.tile(y.shape)
-    by_scale = tile_reduce(cotangent * error, tile, jnp.sum)
-    return _Tuned(offset, by_scale * real_scale(matrix.scales, matrix.spec))
-
-
-def _descend(matrix: _Matrix, tuned: _Tuned, gradient: _Tuned, rate: jax.Array) -> _Tuned:
-    """A step of signed gradient descent, kept in bounds."""
-    offset = tuned.offset - rate * jnp.sign(gradient.offset)
-    offset = jnp.clip(offset, -_HALF_STEP, _HALF_STEP)
-    if tuned.shrink is None or gradient.shrink is None:
-        return _Tuned(offset, None)
-    rate = rate * _E4M3_RATE if matrix.spec.two_level else rate
-    shrink = tuned.shrink - rate * jnp.sign(gradient.shrink)
-    return _Tuned(offset, jnp.clip(shrink, _MOST_SHRUNK, 1.0))
-
-
-def _in_steps(matrix: _Matrix, scales: Scales) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(scale, zero point, weight in units of the grid), each float32 [N, K]."""
-    shape = matrix.weight.shape
-    expand = partial(tile_expand, tile=matrix.spec.tile(shape), shape=shape)
-    scale = expand(real_scale(scales, matrix.spec))
-    zero = jnp.zeros_like(scale)
-    if scales.zero_point is not None:
-        zero = expand(scales.zero_point.astype(jnp.float32))
-    return scale, zero, matrix.weight.astype(jnp.float32) / scale + zero
-
-
-def _shrink(matrix: _Matrix, tuned: _Tuned) -> Scales:
-    """Scales of the shrunk amax.
-
-    An entry that has not moved keeps its given scale bit for bit, and the global scale, which other
-    matrices may share, stays. A zero point stays too: both ends of its range shrink alike.
-    """
-    given, spec = matrix.scales, matrix.spec
-    if tuned.shrink is None:
-        return given
-    overall = None
-    if given.global_scale is not None:
-        overall = given.global_scale * spec.element.largest * E4M3.largest
-    new = scales_from_amax(tuned.shrink * _amax(matrix), spec, overall)
-    still = tuned.shrink == 1
-    inverse = None
-    if given.inverse is not None and new.inverse is not None:
-        inverse = jnp.where(still, given.inverse, new.inverse)
-    scale = jnp.where(still, given.scale, new.scale)
-    return Scales(scale, given.global_scale, given.zero_point, inverse)
-
-
-def _amax(matrix: _Matrix) -> jax.Array:
-    """A magnitude of each tile whose scale is the given one.
-
-    It is what the given scale maps to the largest grid value, except under an E8M0 scale that is
-    the rule's for the tile's own amax: then that, so that a tile which barely needs its scale is
-    the first to leave it.
-    """
-    spec, weight = matrix.spec, matrix.weight.astype(jnp.float32)
-    scale = real_scale(matrix.scales, spec)
-    covered = scale * spec.element.largest
-    if not spec.power_of_two:
-        return covered
-    own = tile_reduce(jnp.abs(weight), spec.tile(weight.shape))
-    return jnp.where(real_scale(scales_from_amax(own, spec), spec) == scale, own, covered)
-
-
-def _spacing(y: jax.Array, element: Element) -> jax.Array:
-    """Distance between the grid values on either side of `y`."""
-    y = jnp.clip(y, element.lowest, element.largest)
-    if isinstance(element, Minifloat):
-        exponent = jnp.maximum(exponent_of(y), element.min_exponent)
-        return power_of_two(exponent - element.mantissa)
-    if isinstance(element, Levels):
-        gaps = jnp.asarray(np.diff(np.asarray(element.table)), jnp.float32)
-        above = (y > level for level in element.table[1:-1])
-        return gaps[sum((a.astype(jnp.int32) for a in above), jnp.int32(0))]
-    return jnp.ones_like(y)

@@ -43,8 +43,8 @@ ScaleMethod = Literal["max", "mse", "sweep", "hessian", "four_over_six", "clip"]
 _RATIOS = np.concatenate(
     [[1.0], np.linspace(0.25, 0.35, 3), np.linspace(0.4, 1.1, 29), np.geomspace(1.12, 2.0, 32)]
 )
-# A Hessian's loss costs far more. Above 1.1 that of 4 bits falls by luck alone, a thousandth at
-# most; that of 8 bits by up to four hundredths.
+# A Hessian's loss costs far more. Above 1.1 that of 4 bits falls by luck alone, by less than a
+# hundredth; that of 8 bits by up to four.
 _FEWER_RATIOS = np.concatenate([_RATIOS[_RATIOS <= 1.1], np.geomspace(1.2, 2.0, 6)])
 # An E8M0 scale is a power of two: the exponents beside that of the amax.
 _OCTAVES = np.array([1.0, 0.25, 0.5, 2.0])
@@ -108,41 +108,13 @@ def search_scales(
     blocks = None
     if hessian is not None and method in ("hessian", "clip", "four_over_six"):
         blocks = _diagonal_blocks(hessian, spec.tile(weight.shape)[1])
-    if spec.granularity != "block":
-        return _search(weight, spec, method, blocks, amax)
-    scales = _search(_tiles_as_rows(weight, spec), spec, method, blocks, amax)
-    return jax.tree.map(partial(_rows_as_tiles, rows=weight.shape[0]), scales)
-
-
-def _search(
-    weight: jax.Array,
-    spec: QuantSpec,
-    method: ScaleMethod,
-    blocks: jax.Array | None,
-    amax: jax.Array | None,
-) -> Scales:
-    choice, candidates, shape = _candidates(weight, spec, method, amax)
+    rows = _tiles_as_rows(weight, spec)
+    choice, candidates, shape = _candidates(rows, spec, method, amax)
 
     def loss(chosen: jax.Array) -> jax.Array:
-        return _loss(weight, choice(chosen), spec, blocks)
+        return _loss(rows, choice(chosen), spec, blocks)
 
-    return choice(_argmin(loss, candidates, shape))
-
-
-def _tiles_as_rows(weight: jax.Array, spec: QuantSpec) -> jax.Array:
-    """[N, K] as [T · N, W], the last of T tiles completed with zeros.
-
-    Then a product with the Hessian's block t is one of rows that lie together.
-    """
-    width = spec.tile(weight.shape)[1]
-    padded = jnp.pad(weight, ((0, 0), (0, -weight.shape[1] % width)))
-    tiles = padded.reshape(weight.shape[0], -1, width)
-    return jnp.swapaxes(tiles, 0, 1).reshape(-1, width)
-
-
-def _rows_as_tiles(values: jax.Array, rows: int) -> jax.Array:
-    """[T · N, 1] as [N, T]; a scalar of the whole stays as it is."""
-    return values if values.size == 1 else values.reshape(-1, rows).T
+    return _by_tile(choice(_argmin(loss, candidates, shape)), spec, weight.shape)
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -157,7 +129,8 @@ def tile_loss(
     """
     width = spec.tile(weight.shape)[1]
     blocks = None if hessian is None else _diagonal_blocks(hessian, width)
-    return _loss(weight.astype(jnp.float32), scales, spec, blocks)
+    rows = _tiles_as_rows(weight.astype(jnp.float32), spec)
+    return _by_tile(_loss(rows, _by_row(scales), spec, blocks), spec, weight.shape)
 
 
 def _check(
@@ -248,23 +221,47 @@ def _argmin(
     return chosen
 
 
-def _loss(
-    weight: jax.Array, scales: Scales, spec: QuantSpec, blocks: jax.Array | None
-) -> jax.Array:
-    """See `tile_loss`; `blocks` [tiles, width, width] are those of the Hessian's diagonal."""
-    height, width = spec.tile(weight.shape)
-    error = weight - from_grid(to_grid(weight, scales, spec), scales, spec)
+def _loss(rows: jax.Array, scales: Scales, spec: QuantSpec, blocks: jax.Array | None) -> jax.Array:
+    """Loss of each tile, float32 [T · N / height, 1].
+
+    Args:
+      rows: [T · N, W], from `_tiles_as_rows`.
+      scales: in the same order, as of a matrix with one tile a row.
+      blocks: [T, W, W], those of the Hessian's diagonal; None is the squared error.
+    """
+    height, width = spec.tile(rows.shape)
+    error = rows - from_grid(to_grid(rows, scales, spec), scales, spec)
     if blocks is None:
         return tile_reduce(error * error, (height, width), jnp.sum)
-    if error.shape[1] == width:
-        error = error.reshape(blocks.shape[0], -1, width)
-        weighted = jnp.einsum("tnj,tij->tni", error, blocks, precision="highest")
-        return tile_reduce(jnp.sum(error * weighted, axis=-1).reshape(-1, 1), (height, 1), jnp.sum)
-    count = blocks.shape[0]
-    error = jnp.pad(error, ((0, 0), (0, count * width - error.shape[1])))
-    error = error.reshape(-1, count, width)
-    weighted = jnp.einsum("ntj,tij->nti", error, blocks, precision="highest")
-    return tile_reduce(jnp.sum(error * weighted, axis=-1), (height, 1), jnp.sum)
+    error = error.reshape(blocks.shape[0], -1, width)
+    weighted = jnp.einsum("tnj,tij->tni", error, blocks, precision="highest")
+    return tile_reduce(jnp.sum(error * weighted, axis=-1).reshape(-1, 1), (height, 1), jnp.sum)
+
+
+def _tiles_as_rows(weight: jax.Array, spec: QuantSpec) -> jax.Array:
+    """[N, K] as [T · N, W], T tiles of width W; both axes are completed with zeros.
+
+    Then rows that meet one block of the Hessian lie together, and their product with it is one
+    matrix product, without a transposed copy for each candidate.
+    """
+    height, width = spec.tile(weight.shape)
+    whole = jnp.pad(weight, ((0, -weight.shape[0] % height), (0, -weight.shape[1] % width)))
+    return jnp.swapaxes(whole.reshape(whole.shape[0], -1, width), 0, 1).reshape(-1, width)
+
+
+def _by_row(scales: Scales) -> Scales:
+    """Entries of tiles [N / height, T] in the order of `_tiles_as_rows`."""
+    return jax.tree.map(lambda entries: entries.T.reshape(-1, 1), scales)
+
+
+def _by_tile[T: (jax.Array, Scales)](entries: T, spec: QuantSpec, shape: tuple[int, ...]) -> T:
+    """The way back: entries [T · N / height, 1] as [N / height, T]; one of the whole stays."""
+    tiles = -(-shape[1] // spec.tile(shape)[1])
+
+    def back(array: jax.Array) -> jax.Array:
+        return array if array.size == 1 else array.reshape(tiles, -1).T
+
+    return jax.tree.map(back, entries)
 
 
 def _diagonal_blocks(hessian: jax.Array, width: int) -> jax.Array:
