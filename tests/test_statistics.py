@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxopt_models import statistics
 from jaxopt_models.statistics import (
     BINS,
     BINS_AN_OCTAVE,
@@ -72,6 +73,16 @@ def test_of_one_matrix():
     assert_describes(
         observed(EVERYTHING, parts), np.concatenate([p.reshape(-1, WIDTH) for p in parts])
     )
+
+
+@pytest.mark.parametrize("width", [23, 40])
+def test_second_moment_of_wide_rows_is_mirrored(monkeypatch, width):
+    monkeypatch.setattr(statistics, "_WIDE", 12)  # one and two times in halves, also odd ones
+    rng = np.random.default_rng(width)
+    x = rng.standard_normal((50, width)).astype(np.float32)
+    gram = np.asarray(jax.jit(statistics._gram)(x))
+    np.testing.assert_array_equal(gram, gram.T)
+    np.testing.assert_allclose(gram, x.astype(np.float64).T @ x, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_wanted_is_not_there():

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxopt_models.models.config import Rope
 
-_QUERY_CHUNK = 1024
+_QUERY_CHUNK = 1024  # most queries of which scores are held at once
+_LEAST_CHUNK = 128  # fewer make products too small to be worth the keys they spare
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -80,19 +81,54 @@ def attend(
     Returns:
       [B, T, H, d] in the dtype of `query`.
     """
-
-    def chunk(q: jax.Array, positions: jax.Array) -> jax.Array:
-        return _attend(q, key, value, positions, key_positions, scale, window, softcap)
-
-    length = query.shape[1]
-    if length <= _QUERY_CHUNK:
-        return chunk(query, query_positions)
-    pieces = range(0, length, _QUERY_CHUNK)
+    options = (scale, window, softcap)
     parts = [
-        chunk(query[:, i : i + _QUERY_CHUNK], query_positions[:, i : i + _QUERY_CHUNK])
-        for i in pieces
+        _attend(query[:, part], key, value, query_positions[:, part], key_positions, *options)
+        for part in _parts(query.shape[1], _QUERY_CHUNK)
     ]
-    return jnp.concatenate(parts, axis=1)
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def self_attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """`attend` of whole sequences: key i is that of query i, and positions are consecutive.
+
+    A chunk of queries is multiplied only with keys that one of its queries sees: with four chunks
+    that is 5/8 of all scores, and less under a window.
+
+    Args:
+      query: [B, T, H, d].
+      key, value: [B, G, T, d], H a multiple of G.
+      scale, window, softcap: as in `attend`.
+
+    Returns:
+      [B, T, H, d] in the dtype of `query`.
+    """
+    length = query.shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    options = (scale, window, softcap)
+
+    def piece(part: slice) -> jax.Array:
+        seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)
+        keys, values = key[:, :, seen], value[:, :, seen]
+        return _attend(
+            query[:, part], keys, values, positions[:, part], positions[:, seen], *options
+        )
+
+    chunk = min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4)))
+    parts = [piece(part) for part in _parts(length, chunk)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_models.models.attention import attend, rotate
+from jaxopt_models.models.attention import attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
@@ -61,7 +61,7 @@ def block(
     Args:
       layer: weights of this layer.
       x: residual stream, [B, T, D].
-      positions: int32 [B, T].
+      positions: int32 [B, T]; consecutive in each row where there is no cache.
       cache: keys and values of earlier positions, to which this call's are appended; None attends
         among the given positions only.
       kind: "full" or "sliding" attention; static.
@@ -129,25 +129,22 @@ def _attention(
     quantizer = weights.get("kv_cache")
     if quantizer is not None:
         query, key = quantizer.rotated(query), quantizer.rotated(key)
+    scores = {
+        "scale": config.query_scale,
+        "window": config.sliding_window if kind == "sliding" else None,
+        "softcap": config.attention_softcap,
+    }
     if cache is None:
-        key, value, key_positions = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2), positions
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
         if quantizer is not None:
             key, value = quantizer.key(key), quantizer.value(value)
+        mixed = self_attend(query, key, value, **scores)
     else:
         cache = cache.append(key, value, positions, quantizer)
         key, value = cache.read(x.dtype, quantizer)
         slots = jnp.arange(key.shape[2], dtype=positions.dtype)
         key_positions = jnp.broadcast_to(slots, (batch, key.shape[2]))
-    mixed = attend(
-        query,
-        key,
-        value,
-        positions,
-        key_positions,
-        scale=config.query_scale,
-        window=config.sliding_window if kind == "sliding" else None,
-        softcap=config.attention_softcap,
-    )
+        mixed = attend(query, key, value, positions, key_positions, **scores)
     mixed = mixed.reshape(batch, length, -1)
     return _linear(weights, "self_attn", "o_proj", mixed, save), cache
 

@@ -11,7 +11,7 @@ import pytest
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models import attention
-from jaxopt_models.models.attention import attend, rotate
+from jaxopt_models.models.attention import attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
 from jaxopt_models.models.config import Rope
 from jaxopt_models.models.moe import moe_feed_forward, route
@@ -157,6 +157,22 @@ def test_long_queries_in_chunks(monkeypatch, length):
     whole = run()
     monkeypatch.setattr(attention, "_QUERY_CHUNK", 4)
     np.testing.assert_allclose(run(), whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 100])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("length", [1, 4, 11])
+def test_self_attention_equals_brute_force_in_any_chunks(monkeypatch, length, window, softcap):
+    query, key, value = (_random(seed, 2, 4, length, 8) for seed in (7, 8, 9))
+    query, key = jnp.swapaxes(query, 1, 2), key[:, :2]
+    value = value[:, :2]
+    at = jnp.broadcast_to(jnp.arange(length), (2, length))
+    options = {"scale": 0.7, "window": window, "softcap": softcap}
+    expected = _brute_force(query, key, value, at, at, **options)
+    for least in (128, 2):
+        monkeypatch.setattr(attention, "_LEAST_CHUNK", least)
+        run = jax.jit(lambda q, k, v: self_attend(q, k, v, **options))
+        np.testing.assert_allclose(run(query, key, value), expected, atol=1e-5)
 
 
 def test_rotation_makes_scores_depend_on_the_distance_only():
