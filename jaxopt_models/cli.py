@@ -18,24 +18,20 @@ from typer.exceptions import Abort, Exit, TyperException
 
 import jaxopt_models as jom
 from jaxopt_models import data, report
+from jaxopt_models.cli_bench import bench
+from jaxopt_models.cli_options import (
+    BatchOption,
+    JsonOption,
+    LengthOption,
+    ModelArg,
+    OutOption,
+    SetOption,
+)
 from jaxopt_models.demo import run_demo
 from jaxopt_models.errors import UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-ModelArg = Annotated[
-    str, typer.Argument(help="Checkpoint directory, .gguf file, hub id or built-in name.")
-]
-OutOption = Annotated[Path, typer.Option("--out", help="Directory to create.")]
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Also write the figures to this file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="key=value override of a recipe, e.g. rules.0.weight.block_size=64"),
-]
-BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
-LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]
+app.add_typer(bench, name="bench")
 
 
 @app.callback(invoke_without_command=True)
@@ -250,81 +246,6 @@ def demo(
     figures = run_demo(out)
     if json:
         report.write_json(json, figures)
-
-
-bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command("evaluation")
-def bench_evaluation(
-    peer_python: Annotated[
-        str, typer.Option(help="Python of an environment with torch and transformers.")
-    ],
-    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
-    text: Annotated[str, typer.Option(help="As in eval.")] = "builtin",
-    windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 64,
-    length: LengthOption = 512,
-    batch: BatchOption = 4,
-    json: JsonOption = None,
-) -> None:
-    """Time evaluation here and with transformers + torch on the same windows."""
-    from jaxopt_models.bench.evaluation import bench_evaluation as run
-
-    with report.working("timing"):
-        figures = run(model, text, windows, length, batch, peer_python)
-    if json:
-        report.write_json(json, figures)
-    report.out.print(
-        f"{model}, {windows} x {length} tokens: {figures['seconds']:.1f} s, compilation included; "
-        f"transformers + torch {figures['peer_seconds']:.1f} s; "
-        f"ratio {figures['ratio_to_peer']:.2f}; "
-        f"perplexity {figures['perplexity']:.4f} and {figures['peer_perplexity']:.4f}"
-    )
-
-
-@bench.command("quality")
-def bench_quality(
-    calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],
-    text: Annotated[str, typer.Option(help="Evaluation text: a file, builtin, or hf:NAME.")],
-    out: Annotated[Path, typer.Option(help="Directory, or .json file for one model.")],
-    model: Annotated[
-        list[str] | None, typer.Option(help="As in eval; may be repeated; else the built-in ones.")
-    ] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="Preset or YAML; may be repeated; else all presets.")
-    ] = None,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="Evaluation windows, instead of the protocol's.")
-    ] = None,
-    length: LengthOption = 512,
-    calibration_windows: Annotated[
-        int | None, typer.Option(min=1, help="Instead of the protocol's for the recipe.")
-    ] = None,
-    batch: BatchOption = 4,
-) -> None:
-    """Measure what recipes cost on models, beside the reference implementation's figures.
-
-    `python -m jaxopt_models.bench.texts DIR` makes the texts of the protocol. Rows are saved one by
-    one and replace those of an earlier run.
-    """
-    from jaxopt_models.bench import quality
-    from jaxopt_models.bench.quality_results import quality_table
-    from jaxopt_models.quantize.recipe import presets
-
-    rows = quality.bench_quality(
-        model or quality.MODELS,
-        recipe or presets(),
-        calibration_text=calib,
-        evaluation_text=text,
-        out=out,
-        windows=windows,
-        length=length,
-        calibration_windows=calibration_windows,
-        batch=batch,
-        progress=report.progress,
-    )
-    report.out.print(quality_table(rows))
 
 
 def _load(name: str, host: bool = False) -> jom.Model:

@@ -1,27 +1,14 @@
 """How long evaluating takes here and with transformers + torch, on the same windows in one run."""
 
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxopt_models import data
-from jaxopt_models.checkpoint.export import export_hf
+from jaxopt_models.bench.peer import circumstances, exchanged, run_peer
 from jaxopt_models.checkpoint.load import load
-from jaxopt_models.checkpoint.native import package_version
-from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate
-
-_PEER = Path(__file__).with_name("peer_evaluation.py")
 
 
 def bench_evaluation(
@@ -46,16 +33,16 @@ def bench_evaluation(
     loaded = load(model)
     batches = data.token_batches(loaded, data.load_text(text, "evaluation"), windows, length, batch)
     ours, theirs = [], []
-    with tempfile.TemporaryDirectory() as scratch:
-        directory, tokens = Path(scratch) / "model", Path(scratch) / "windows.npy"
-        export_hf(directory, loaded)
-        np.save(tokens, np.concatenate(batches))
+    with exchanged(loaded, batches) as (directory, tokens):
+        arguments = (directory, tokens, str(batch))
         for _ in range(rounds):
             jax.clear_caches()
             start = time.perf_counter()
             metrics = evaluate(loaded.config, loaded.params, batches)
             ours.append(time.perf_counter() - start)
-            theirs.append(_run_peer(peer_python, directory, tokens, batch))
+            theirs.append(
+                run_peer(peer_python, "peer_evaluation.py", arguments, "torch and transformers")
+            )
     best = min(theirs, key=lambda figures: figures["seconds"])
     return {
         "model": model,
@@ -66,23 +53,4 @@ def bench_evaluation(
         "peer_seconds": best["seconds"],
         "ratio_to_peer": min(ours) / best["seconds"],
         "all_seconds": {"ours": ours, "peer": [figures["seconds"] for figures in theirs]},
-        "device": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}",
-        "versions": {"jax": jax.__version__, "python": sys.version.split()[0]}
-        | {"jaxopt-models": package_version("jaxopt-models")}
-        | best["versions"],
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-
-
-def _run_peer(python: str, directory: Path, tokens: Path, batch: int) -> dict[str, Any]:
-    command = [python, str(_PEER), str(directory), str(tokens), str(batch)]
-    # The peer's environment is its own: what helps ours to import would mislead it.
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    except OSError as error:
-        raise UserError(f"cannot run the peer's Python {python}: {error.strerror}") from error
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"the peer failed under {python}: {reason}; install torch and transformers")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    } | circumstances(best["versions"])

@@ -159,7 +159,7 @@ def bench_quality(
     files = [results_file(out, name, len(model_names)) for name in model_names]
     rows: list[dict[str, Any]] = []
     refused: list[str] = []
-    with _compiling_anew(), jax.default_matmul_precision("highest"):
+    with compiling_anew(), jax.default_matmul_precision("highest"):
         for name, file in zip(model_names, files, strict=True):
             for plan, row in _bench_model(name, plans, file, setting, progress):
                 if isinstance(row, UserError):
@@ -257,7 +257,7 @@ def _compare(
 
 
 @contextmanager
-def _compiling_anew() -> Iterator[None]:
+def compiling_anew() -> Iterator[None]:
     """Without the cache of compiled programs on disk, if the user has one."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)

@@ -14,9 +14,6 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from jaxopt_models import cli, data
 from jaxopt_models.bench import quality, quality_peer
@@ -26,23 +23,9 @@ from jaxopt_models.bench.quality_peer import PeerFigures, format_name
 from jaxopt_models.bench.quality_results import quality_table
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate
-from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.model import Model
-from jaxopt_models.models.transformer import init
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 256,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "tie_word_embeddings": True,
-    }
-)
 SIZES: dict[str, Any] = {"windows": 3, "length": 16, "calibration_windows": 4}
 REFERENCE = {
     "formats": {"A": "int8/int8", "B": "int8/int8", "C": "fp8/fp8"},
@@ -65,18 +48,8 @@ def recipe(name: str = "recipe", **rule: Any) -> Recipe:
     return Recipe.model_validate({"name": name, "rules": [{"match": "*"} | rule]})
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    return Model(CONFIG, init(CONFIG, jax.random.key(0), jnp.float32), tokenizer, "tiny")
-
-
 @pytest.fixture
-def tiny(model, monkeypatch, tmp_path):
+def tiny(tiny_model, monkeypatch, tmp_path):
     """Two texts, two recipes and a model "tiny" that the reference was measured on too."""
     (tmp_path / "calib.txt").write_text("To calibrate is human. " * 30)
     (tmp_path / "eval.txt").write_text("To evaluate, divine: let us see how it goes. " * 30)
@@ -90,9 +63,9 @@ def tiny(model, monkeypatch, tmp_path):
         "activation": {"format": "int8", "granularity": "token"},
     }
     (tmp_path / "int8.yaml").write_text(yaml.safe_dump({"rules": [token]}))
-    monkeypatch.setattr(quality, "load", lambda name: model)
+    monkeypatch.setattr(quality, "load", lambda name: tiny_model)
     # What a test has compiled serves the next; only one of them is about compilation.
-    monkeypatch.setattr(quality, "_compiling_anew", nullcontext)
+    monkeypatch.setattr(quality, "compiling_anew", nullcontext)
     monkeypatch.setattr(jax, "clear_caches", lambda: None)
     monkeypatch.setattr(quality_peer, "_published", lambda: REFERENCE)
     return tmp_path
@@ -117,13 +90,13 @@ def as_reference(folder: Path, monkeypatch) -> None:
         monkeypatch.setattr(quality.texts, constant, type(source)("", "", "", "", digest))
 
 
-def test_a_row_is_what_quantize_and_evaluate_give(tiny, model):
+def test_a_row_is_what_quantize_and_evaluate_give(tiny, tiny_model):
     (row,) = run(tiny, "int8_static")
     texts = {name: data.read_text(tiny / name) for name in ("calib.txt", "eval.txt")}
-    calibration = data.token_batches(model, texts["calib.txt"], 4, 16, 4)
-    evaluation = data.token_batches(model, texts["eval.txt"], 3, 16, 4)
-    params, report = quantize(model, Recipe.load(tiny / "int8_static.yaml"), calibration)
-    expected = evaluate(CONFIG, params, evaluation, model.params)
+    calibration = data.token_batches(tiny_model, texts["calib.txt"], 4, 16, 4)
+    evaluation = data.token_batches(tiny_model, texts["eval.txt"], 3, 16, 4)
+    params, report = quantize(tiny_model, Recipe.load(tiny / "int8_static.yaml"), calibration)
+    expected = evaluate(tiny_model.config, params, evaluation, tiny_model.params)
     assert row["ppl"] == pytest.approx(expected.perplexity, rel=1e-5)
     assert row["kl"] == pytest.approx(expected.kl, rel=1e-3, abs=1e-7) and row["kl"] > 0
     assert row["top1"] == expected.top1_agreement
@@ -322,7 +295,7 @@ def test_programs_are_not_kept_on_disk(tmp_path):
     try:
         for name, value in settings.items():
             jax.config.update(name, value)
-        with quality._compiling_anew():
+        with quality.compiling_anew():
             jax.jit(lambda x: 3 * x + 1)(jnp.ones(3))
             assert kept() == 0
         jax.jit(lambda x: 5 * x + 1)(jnp.ones(3))

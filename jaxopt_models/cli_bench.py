@@ -1,0 +1,125 @@
+"""`jaxopt-models bench`: measurements beside a peer and a limit."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxopt_models import report
+from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
+
+bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
+
+
+@bench.command("evaluation")
+def bench_evaluation(
+    peer_python: Annotated[
+        str, typer.Option(help="Python of an environment with torch and transformers.")
+    ],
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    text: Annotated[str, typer.Option(help="As in eval.")] = "builtin",
+    windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 64,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    json: JsonOption = None,
+) -> None:
+    """Time evaluation here and with transformers + torch on the same windows."""
+    from jaxopt_models.bench.evaluation import bench_evaluation as run
+
+    with report.working("timing"):
+        figures = run(model, text, windows, length, batch, peer_python)
+    if json:
+        report.write_json(json, figures)
+    report.out.print(
+        f"{model}, {windows} x {length} tokens: {figures['seconds']:.1f} s, compilation included; "
+        f"transformers + torch {figures['peer_seconds']:.1f} s; "
+        f"ratio {figures['ratio_to_peer']:.2f}; "
+        f"perplexity {figures['perplexity']:.4f} and {figures['peer_perplexity']:.4f}"
+    )
+
+
+@bench.command("calibration")
+def bench_calibration(
+    peer_python: Annotated[
+        str, typer.Option(help="Python of an environment with nvidia-modelopt.")
+    ],
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")
+    ] = "builtin",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="int4_awq or int4_gptq; may be repeated; else both.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the protocol's for the recipe.")
+    ] = None,
+    length: LengthOption = 512,
+    batch: BatchOption = 4,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 2,
+    json: JsonOption = None,
+) -> None:
+    """Time calibration and quantization here and with ModelOpt on the same windows."""
+    from jaxopt_models.bench import calibration
+
+    result = calibration.bench_calibration(
+        model,
+        calib,
+        peer_python,
+        recipes=recipe or tuple(calibration.ALGORITHMS),
+        windows=windows,
+        length=length,
+        batch=batch,
+        rounds=rounds,
+        out=json,
+        progress=report.progress,
+    )
+    for row in result["rows"]:
+        report.out.print(
+            f"{row['recipe']}, {row['windows']} x {length} tokens: {row['seconds']:.1f} s, "
+            f"compilation included; {row['peer']} {row['peer_seconds']:.1f} s; "
+            f"ratio {row['ratio_to_peer']:.2f}"
+        )
+
+
+@bench.command("quality")
+def bench_quality(
+    calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],
+    text: Annotated[str, typer.Option(help="Evaluation text: a file, builtin, or hf:NAME.")],
+    out: Annotated[Path, typer.Option(help="Directory, or .json file for one model.")],
+    model: Annotated[
+        list[str] | None, typer.Option(help="As in eval; may be repeated; else the built-in ones.")
+    ] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Preset or YAML; may be repeated; else all presets.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Evaluation windows, instead of the protocol's.")
+    ] = None,
+    length: LengthOption = 512,
+    calibration_windows: Annotated[
+        int | None, typer.Option(min=1, help="Instead of the protocol's for the recipe.")
+    ] = None,
+    batch: BatchOption = 4,
+) -> None:
+    """Measure what recipes cost on models, beside the reference implementation's figures.
+
+    `python -m jaxopt_models.bench.texts DIR` makes the texts of the protocol. Rows are saved one by
+    one and replace those of an earlier run.
+    """
+    from jaxopt_models.bench import quality
+    from jaxopt_models.bench.quality_results import quality_table
+    from jaxopt_models.quantize.recipe import presets
+
+    rows = quality.bench_quality(
+        model or quality.MODELS,
+        recipe or presets(),
+        calibration_text=calib,
+        evaluation_text=text,
+        out=out,
+        windows=windows,
+        length=length,
+        calibration_windows=calibration_windows,
+        batch=batch,
+        progress=report.progress,
+    )
+    report.out.print(quality_table(rows))
