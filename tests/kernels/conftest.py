@@ -1,0 +1,36 @@
+"""Random 4-bit weights, packed and as they are."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def random_weight(kind: str, n: int, k: int, seed: int = 0) -> tuple[FourBit, np.ndarray]:
+    """A random packed weight, and its values in float64."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 16, (n, k))
+    if kind == "int4":
+        scales = rng.uniform(0.01, 3, (n, k // 128)).astype(ml_dtypes.bfloat16)
+        packed = jax.jit(pack_int4)(jnp.asarray(codes - 8, jnp.int8), jnp.asarray(scales))
+        return packed, (codes - 8) * np.repeat(scales.astype(np.float64), 128, 1)
+    values = E2M1[codes & 7] * np.where(codes & 8, -1, 1)
+    if kind == "nvfp4":
+        patterns = rng.integers(0, 127, (n, k // 16)).astype(np.uint8)  # all E4M3 from 0 to 448
+        scales = patterns.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        scale = jnp.float32(0.37)
+        packed = jax.jit(pack_nvfp4)(jnp.asarray(codes), jnp.asarray(scales), scale)
+        return packed, values * np.repeat(scales.astype(np.float64), 16, 1) * float(scale)
+    exponents = rng.integers(-20, 12, (n, k // 32))
+    packed = jax.jit(pack_mxfp4)(jnp.asarray(codes), jnp.asarray(exponents, jnp.int32))
+    return packed, values * np.repeat(2.0**exponents, 32, 1)
+
+
+@pytest.fixture(scope="session")
+def weight():
+    return random_weight
