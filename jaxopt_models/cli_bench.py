@@ -81,6 +81,38 @@ def bench_calibration(
         )
 
 
+@bench.command("kernels")
+def bench_kernels(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try every tiling, instead of the default one.")
+    ] = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="int4, nvfp4 or mxfp4; may be repeated; else all.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, max=16, help="M; may be repeated; else 1 4 8 16.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Time products of 4-bit weights with few activations, beside XLA and the memory limit."""
+    from jaxopt_models.bench import kernels
+
+    result = kernels.bench_kernels(
+        rows=rows or kernels.ROWS,
+        kinds=kind or kernels.KINDS,
+        tune=tune,
+        out=json,
+        progress=report.progress,
+    )
+    report.out.print(f"memory is read at {result['read_bytes_per_second'] / 1e12:.2f} TB/s")
+    for row in result["rows"]:
+        report.out.print(
+            f"{row['kind']} {row['n']} x {row['k']}, M = {row['m']}: {row['us']:.1f} us, "
+            f"{row['share_of_limit']:.0%} of the limit, "
+            f"{row['speedup_over_xla_bf16']:.2f} x XLA's bfloat16"
+        )
+
+
 @bench.command("quality")
 def bench_quality(
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],

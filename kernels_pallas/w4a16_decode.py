@@ -96,6 +96,7 @@ def default_tiling(rows: int, tiles: int, columns: int, processors: int) -> Tili
     return min(tilings(rows, tiles, columns), key=cost, default=None)
 
 
+@partial(jax.jit, static_argnames=("tiling", "processors", "interpret"))
 def w4a16_decode(
     x: jax.Array,
     weight: FourBit,
@@ -110,8 +111,8 @@ def w4a16_decode(
       x: bfloat16 [M, K].
       weight: standing for [N, K].
       tiling: None takes `default_tiling`; static.
-      processors: streaming multiprocessors of the device.
-      interpret: runs in Pallas's interpreter, on any device.
+      processors: streaming multiprocessors of the device; static.
+      interpret: runs in Pallas's interpreter, on any device; static.
 
     Returns:
       bfloat16 [M, N].
@@ -220,7 +221,11 @@ def _kernel(
         loaded = lax.fori_loop(0, turns - 1, partial(one_tile, last=False), loaded)
         one_tile(turns - 1, loaded, last=True)
 
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    # In rows of 128 bytes whose 16-byte pieces are permuted, so that lanes read different banks.
+    swizzled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
     dtype = jnp.bfloat16 if split == 1 else jnp.float32
     return plgpu.kernel(
         body,

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.report import write_json
 from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
-from kernels_pallas.four_bit import Kind
 from kernels_pallas.w4a16_decode import (
     Tiling,
     default_tiling,
@@ -32,7 +31,7 @@ from kernels_pallas.w4a16_decode import (
 # (N, K) of Llama-3.1-8B: q/k/v together, output, gate/up together, down.
 SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
 ROWS = (1, 4, 8, 16)
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = ("int4", "nvfp4", "mxfp4")
 _L2 = 50 * 2**20
 _READ = 2**31  # bytes read to find out how fast memory can be read
 
@@ -40,7 +39,7 @@ _READ = 2**31  # bytes read to find out how fast memory can be read
 def bench_kernels(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     rows: Sequence[int] = ROWS,
-    kinds: Sequence[Kind] = KINDS,
+    kinds: Sequence[str] = KINDS,
     *,
     tune: bool = False,
     out: Path | None = None,
@@ -62,8 +61,11 @@ def bench_kernels(
       what reading codes and scales takes at the measured bandwidth.
 
     Raises:
-      UserError: without a Hopper GPU.
+      UserError: without a Hopper GPU, or for a format that has no kernel.
     """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UserError(f"no kernel for {unknown[0]}; choose {', '.join(KINDS)}")
     first = jax.devices()[0]
     if first.platform != "gpu" or float(first.compute_capability) != 9.0:
         raise UserError(f"bench kernels needs a Hopper GPU; the default device is {device()}")
@@ -94,17 +96,24 @@ def bench_kernels(
     return result
 
 
-def microseconds(calls: Sequence[Callable[[], Any]], rounds: int = 5) -> float:
-    """Median over rounds of a call's mean time on the GPU, each of the calls made once a round."""
+def microseconds[W](
+    run: Callable[[jax.Array, W], Any], x: jax.Array, weights: Sequence[W]
+) -> float:
+    """Mean time of `run(x, weight)` on the GPU over the weights, the median of five rounds.
+
+    Args:
+      run: jitted, so that it is lowered once for all weights.
+      x: its first argument.
+      weights: its second ones, read one after another.
+    """
     from jax.experimental.mosaic.gpu import profiler  # needs CUPTI, so only here
 
-    def once() -> list[Any]:
-        return [call() for call in calls]
+    def once(x: jax.Array, weights: Sequence[W]) -> list[Any]:
+        return [run(x, weight) for weight in weights]
 
-    jax.block_until_ready(once())
-    _, times = profiler.measure(once, iterations=rounds)()
+    _, times = profiler.measure(jax.jit(once), iterations=5)(x, weights)
     assert times is not None  # the profiler saw kernels
-    return statistics.median(times) * 1e3 / len(calls)
+    return statistics.median(times) * 1e3 / len(weights)
 
 
 def _fastest(
@@ -117,8 +126,8 @@ def _fastest(
     x = _activations(m, weights[0].shape[1])
     timed: list[tuple[float, Tiling]] = []
     for tiling in _deepened(tilings(*sizes), words // 2) if tune else [default]:
-        run = jax.jit(partial(w4a16_decode, tiling=tiling, processors=processors))
-        timed.append((microseconds([partial(run, x, weight) for weight in weights]), tiling))
+        run = partial(w4a16_decode, tiling=tiling, processors=processors)
+        timed.append((microseconds(run, x, weights), tiling))
     return min(timed, key=lambda pair: pair[0])
 
 
@@ -139,11 +148,10 @@ class _Dense:
 
     def microseconds(self, m: int) -> float:
         x = _activations(m, self.weights[0].shape[1])
-        run = jax.jit(lambda x, weight: x @ weight.T)
-        return microseconds([partial(run, x, weight) for weight in self.weights])
+        return microseconds(jax.jit(lambda x, weight: x @ weight.T), x, self.weights)
 
 
-def _weights(kind: Kind, n: int, k: int) -> list[FourBit]:
+def _weights(kind: str, n: int, k: int) -> list[FourBit]:
     @jax.jit
     def make(key: jax.Array) -> FourBit:
         first, second = jax.random.split(key)
@@ -175,4 +183,5 @@ def _copies(size: int) -> int:
 def _read_bandwidth() -> float:
     """Bytes a second of the largest entry of a large array."""
     data = jax.random.normal(jax.random.key(0), (_READ // 4,), jnp.float32)
-    return _READ / (microseconds([partial(jax.jit(jnp.max), data)]) * 1e-6)
+    largest = jax.jit(lambda least, array: jnp.maximum(least, jnp.max(array)))
+    return _READ / (microseconds(largest, jnp.float32(0), [data]) * 1e-6)
