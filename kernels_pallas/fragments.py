@@ -77,11 +77,36 @@ class Fragments:
 
     @property
     def outputs(self) -> Any:
-        """[rows, 16], spread over all lanes."""
-        return _layout(((8, 16), (2, 16), (1,)), (-5,), (-3, -2))
+        """[rows, 16], two in a row for each lane, the same in two pairs of warps."""
+        return _layout(((8, 16), (4, 16), (2,)), (plgpu.Replicated(2), -5), (-3, -2))
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout, optimized=False)
+
+    def store(self, ref: Any, value: jax.Array, stride: int) -> None:
+        """Writes `outputs` to global memory [rows, 16], rows `stride` entries apart.
+
+        By hand, since Mosaic GPU refuses stores that leave a cache line incomplete.
+        """
+        if self.interpret:
+            ref[...] = value
+            return
+        itemsize = value.dtype.itemsize
+
+        @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.outputs))
+        def store(_, ref, value):
+            base, warp, lane = _base_and_lane(ref)
+            copy = arith.shrui(warp, _i32(1))  # the second of equal pairs of warps is silent
+            row = _plus(_times(arith.andi(warp, _i32(1)), 4), arith.shrui(lane, _i32(3)))
+            column = _times(arith.andi(lane, _i32(7)), 2)
+            first = _plus(_times(row, stride), column)
+            for block, pair in enumerate(value.registers.reshape(-1)):
+                place = _times(_plus(first, _i32(8 * block * stride)), itemsize)
+                address = arith.addi(base, arith.extui(_i64(), place))
+                words = _parts(_as_words(pair, itemsize // 2), itemsize // 2)
+                _store_words(address, words, copy)
+
+        store(ref, value)  # pyright: ignore[reportCallIssue]: the context is inserted
 
     def load_codes(self, ref: Any) -> jax.Array:
         """A step's words from global memory, int32 [1024]."""
@@ -271,13 +296,32 @@ def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> j
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout),
     )
     def load(_, ref):
-        base = llvm.ptrtoint(_i64(), mgpu.utils.memref_ptr(ref))
-        tid = arith.remui(mgpu.utils.thread_idx(), _i32(128))
-        warp, lane = arith.shrui(tid, _i32(5)), arith.andi(tid, _i32(31))
+        base, warp, lane = _base_and_lane(ref)
         registers = [_vector(values, _i32_type()) for values in words(base, warp, lane)]
         return _array(registers, layout, shape, is_signed=True)
 
     return load(ref)  # pyright: ignore[reportCallIssue]: the context is inserted
+
+
+def _base_and_lane(ref: Any) -> tuple[Any, Any, Any]:
+    """Address of a reference; which warp of its warpgroup this is, and which lane of it."""
+    base = llvm.ptrtoint(_i64(), mgpu.utils.memref_ptr(ref))
+    tid = arith.remui(mgpu.utils.thread_idx(), _i32(128))
+    return base, arith.shrui(tid, _i32(5)), arith.andi(tid, _i32(31))
+
+
+def _store_words(address: Any, words: list[Any], silent: Any) -> None:
+    """Stores one or two words, unless `silent` is not zero."""
+    names = ",".join(f"${i + 2}" for i in range(len(words)))
+    target = f".b32 [$0], {names}" if len(words) == 1 else f".v2.b32 [$0], {{{names}}}"
+    text = f"{{ .reg .pred p; setp.eq.u32 p,$1,0; @p st.global{target}; }}"
+    llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [address, silent, *words],
+        text,
+        ",".join(["l", "r"] + ["r"] * len(words)),
+        has_side_effects=True,
+    )
 
 
 def _load_words(base: Any, place: Any, size: int, hint: str) -> list[Any]:

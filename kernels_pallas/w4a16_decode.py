@@ -192,7 +192,8 @@ def _kernel(
                     one = fragments.load(own, fragments.outputs)
                     total = one if total is None else total + one
                 total = (total * factor_ref[0]).astype(out_ref.dtype)
-                out_ref[part, :, pl.ds(tile_of(turn) * ROWS, ROWS)] = total
+                mine = out_ref.at[part, :, pl.ds(tile_of(turn) * ROWS, ROWS)]
+                fragments.store(mine, total, ROWS * tiles)
 
         def one_tile(turn, loaded, last):
             sums = jnp.zeros((rows, 64), jnp.float32)
