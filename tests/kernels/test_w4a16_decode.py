@@ -121,7 +121,7 @@ def test_misfits_are_named(weight):
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(weight, kind):
     """Registers hold what the packing promises; sums are float32's, and always the same."""
-    shapes = [(1, 4096, 4096), (8, 512, 14336), (16, 28672, 4096), (11, 1000, 1152), (3, 48, 640)]
+    shapes = [(1, 4096, 4096), (8, 512, 14336), (16, 8192, 4096), (11, 1000, 1152), (3, 48, 640)]
     for seed, (m, n, k) in enumerate(shapes):
         with jax.default_device(jax.devices("gpu")[0]):
             packed, values = weight(kind, n, k, seed)
