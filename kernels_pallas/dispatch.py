@@ -3,7 +3,7 @@
 There is one on Hopper (compute capability 9.0), for 1 to 16 rows of bfloat16.
 """
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def w4a16(x: jax.Array, weight: FourBit) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight: FourBit) -> jax.Array:
-    processors = _hopper_processors()
+    processors = hopper_processors()
     if processors is None or not _has_kernel(x, weight, processors):
         return reference.w4a16(x, weight)
     kernel = partial(w4a16_decode, processors=processors)
@@ -68,8 +68,7 @@ def _has_kernel(x: jax.Array, weight: FourBit, processors: int) -> bool:
     return default_tiling(padded_rows(len(x)), tiles, words // 2, processors) is not None
 
 
-@cache
-def _hopper_processors() -> int | None:
+def hopper_processors() -> int | None:
     """Streaming multiprocessors of the default device; None if it is no Hopper GPU."""
     device = jax.devices()[0]
     if device.platform != "gpu" or float(device.compute_capability) != 9.0:

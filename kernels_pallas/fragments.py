@@ -18,21 +18,20 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith
 
+from kernels_pallas import instructions as ptx
 from kernels_pallas.four_bit import (
     MXFP4_SHIFT,
     MXFP4_TOP,
     NVFP4_BIAS,
     NVFP4_SHIFT,
-    ROTATIONS,
     WORDS_A_GROUP,
     Kind,
     shared_words,
     values_of,
 )
 
-_PLACE = 0x81C081C0  # sign, exponent and mantissa of E2M1 in two bfloat16
 # Added to a scale's bits, moved up, to make it a bfloat16: in half words, exponents of
 # 2^(126 + shift) more, since codes are read as 2^-126 times their value.
 _NVFP4_ADD = (127 + 126 + NVFP4_SHIFT - NVFP4_BIAS) << 7
@@ -95,16 +94,19 @@ class Fragments:
 
         @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), self.outputs))
         def store(_, ref, value):
-            base, warp, lane = _base_and_lane(ref)
-            copy = arith.shrui(warp, _i32(1))  # the second of equal pairs of warps is silent
-            row = _plus(_times(arith.andi(warp, _i32(1)), 4), arith.shrui(lane, _i32(3)))
-            column = _times(arith.andi(lane, _i32(7)), 2)
-            first = _plus(_times(row, stride), column)
+            base, warp, lane = ptx.base_and_lane(ref)
+            # The second of equal pairs of warps is silent.
+            copy = arith.shrui(warp, ptx.i32(1))
+            row = ptx.plus(
+                ptx.times(arith.andi(warp, ptx.i32(1)), 4), arith.shrui(lane, ptx.i32(3))
+            )
+            column = ptx.times(arith.andi(lane, ptx.i32(7)), 2)
+            first = ptx.plus(ptx.times(row, stride), column)
             for block, pair in enumerate(value.registers.reshape(-1)):
-                place = _times(_plus(first, _i32(8 * block * stride)), itemsize)
-                address = arith.addi(base, arith.extui(_i64(), place))
-                words = _parts(_as_words(pair, itemsize // 2), itemsize // 2)
-                _store_words(address, words, copy)
+                place = ptx.times(ptx.plus(first, ptx.i32(8 * block * stride)), itemsize)
+                address = arith.addi(base, arith.extui(ptx.i64(), place))
+                words = ptx.parts(ptx.as_words(pair, itemsize // 2), itemsize // 2)
+                ptx.store_words(address, words, copy)
 
         store(ref, value)  # pyright: ignore[reportCallIssue]: the context is inserted
 
@@ -114,11 +116,11 @@ class Fragments:
             return ref[...]
 
         def words(base: Any, warp: Any, lane: Any) -> list[Any]:
-            first = _plus(_times(warp, WORDS_A_GROUP), _times(lane, 4))
+            first = ptx.plus(ptx.times(warp, WORDS_A_GROUP), ptx.times(lane, 4))
             # Read once, hence not kept in L1; the second half of 256 bytes is fetched along.
             return [
-                _load_words(base, place, 4, ".L1::no_allocate.L2::256B")
-                for place in (first, _plus(first, _i32(128)))
+                ptx.load_words(base, place, 4, ".L1::no_allocate.L2::256B")
+                for place in (first, ptx.plus(first, ptx.i32(128)))
             ]
 
         return _from_global(ref, self.codes, (1024,), words)
@@ -130,15 +132,15 @@ class Fragments:
 
         def words(base: Any, warp: Any, lane: Any) -> list[Any]:
             if self.kind == "int4":
-                pair = _times(arith.andi(lane, _i32(3)), 2)
-                return [_load_words(base, _plus(_times(warp, 8), pair), 2, "")]
+                pair = ptx.times(arith.andi(lane, ptx.i32(3)), 2)
+                return [ptx.load_words(base, ptx.plus(ptx.times(warp, 8), pair), 2, "")]
             if self.kind == "nvfp4":
-                return [_load_words(base, _plus(_times(warp, 32), lane), 1, "")]
+                return [ptx.load_words(base, ptx.plus(ptx.times(warp, 32), lane), 1, "")]
             # Two warps share 32 words, and lanes t, t ^ 1 hold one of each; see `pack_mxfp4`.
-            place = _plus(_times(arith.shrui(warp, _i32(1)), 32), lane)
-            odd = arith.andi(warp, _i32(1))
-            owner = arith.ori(arith.andi(lane, _i32(30)), odd)
-            return [[_from_lane(word, owner)] for word in _load_words(base, place, 1, "")]
+            place = ptx.plus(ptx.times(arith.shrui(warp, ptx.i32(1)), 32), lane)
+            odd = arith.andi(warp, ptx.i32(1))
+            owner = arith.ori(arith.andi(lane, ptx.i32(30)), odd)
+            return [[ptx.from_lane(word, owner)] for word in ptx.load_words(base, place, 1, "")]
 
         return _from_global(ref, self.scales, (32,) if self.kind == "int4" else (128,), words)
 
@@ -162,13 +164,13 @@ class Fragments:
         )
         def multiply(_, sums, codes, activations, scales):
             before = sums.registers.reshape(self.rows // 8, 2)
-            before = {index: _parts(value, 2) for index, value in np.ndenumerate(before)}
-            scale_words = _parts(scales.registers.reshape(1)[0], 2 if self.kind == "int4" else 1)
-            words = [_parts(unit, 4) for unit in codes.registers.reshape(2)]
+            before = {index: ptx.parts(value, 2) for index, value in np.ndenumerate(before)}
+            scale_words = ptx.parts(scales.registers.reshape(1)[0], 2 if self.kind == "int4" else 1)
+            words = [ptx.parts(unit, 4) for unit in codes.registers.reshape(2)]
             after = self._multiply_units(
                 before, words, self._activation_words(activations), scale_words
             )
-            registers = [_vector(after[index], ir.F32Type.get()) for index in sorted(after)]
+            registers = [ptx.packed(after[index], ir.F32Type.get()) for index in sorted(after)]
             return _array(registers, self.sums, (self.rows, 64))
 
         return multiply(sums, codes, activations, scales)  # pyright: ignore[reportCallIssue]
@@ -178,7 +180,7 @@ class Fragments:
         pieces = activations.registers.reshape(self.rows // 8, 2, 2)
         return [
             [
-                [word for piece in rows[unit] for word in _parts(_as_words(piece, 4), 4)]
+                [word for piece in rows[unit] for word in ptx.parts(ptx.as_words(piece, 4), 4)]
                 for rows in pieces
             ]
             for unit in range(2)
@@ -197,22 +199,22 @@ class Fragments:
             factors = None if self.kind == "int4" else self._scale_pairs(scale_words[0], unit)
             for step in range(4):
                 if factors is None:
-                    weight = _int4_registers(words[unit][step])
+                    weight = ptx.int4_registers(words[unit][step])
                 else:
-                    weight = _e2m1_registers(words[unit][step], factors)
+                    weight = ptx.e2m1_registers(words[unit][step], factors)
                 low, high = ([x[unit][m][2 * step + pair] for m in groups] for pair in (0, 1))
                 if self.rows == 8:
-                    low, high = [*low, _i32(0)], [*high, _i32(0)]
+                    low, high = [*low, ptx.i32(0)], [*high, ptx.i32(0)]
                 for n in (0, 1):
-                    sums[n] = _mma(sums[n], [*low, *high], [weight[n], weight[2 + n]])
+                    sums[n] = ptx.mma(sums[n], [*low, *high], [weight[n], weight[2 + n]])
         after = {(m, n): sums[n][2 * m : 2 * m + 2] for m in groups for n in (0, 1)}
         if self.kind != "int4":
             return after
         return {
             (m, n): [
-                _fma(value, factor, old)
+                ptx.fma(value, factor, old)
                 for value, factor, old in zip(
-                    after[m, n], _halves(scale_words[n]), before[m, n], strict=True
+                    after[m, n], ptx.halves(scale_words[n]), before[m, n], strict=True
                 )
             ]
             for m, n in after
@@ -225,64 +227,12 @@ class Fragments:
         def pair(byte: int) -> Any:
             both = f"0x4{byte}4{byte}"  # that byte into both half words, zeros above
             add_both = add | add << 16
-            return _asm(
+            return ptx.asm(
                 f"{{ .reg .b32 u; prmt.b32 u,$1,0,{both}; mad.lo.u32 $0,u,{up},{add_both}; }}",
                 [word],
             )
 
         return [pair(2 * unit + half) for half in range(2)]
-
-
-def _int4_registers(word) -> list[Any]:
-    """Four pairs of bfloat16: 128 + code, less 136."""
-    shifted = [word] + [arith.shrui(word, _i32(4 * i)) for i in range(1, 4)]
-    text = (
-        "{ .reg .b32 u,c; lop3.b32 u,$1,0x000F000F,0x43004300,0xEA; "
-        "mov.b32 c,0x43084308; sub.bf16x2 $0,u,c; }"
-    )
-    return [_asm(text, [value]) for value in shifted]
-
-
-def _e2m1_registers(word, factors) -> list[Any]:
-    """Four pairs of bfloat16, multiplied with the scale of their row."""
-    raw = [arith.andi(word, _i32(_PLACE))]
-    for rotation in ROTATIONS[1:]:
-        text = "{ .reg .b32 u; shf.r.wrap.b32 u,$1,$1,%d; and.b32 $0,u,0x%X; }"
-        raw.append(_asm(text % (rotation, _PLACE), [word]))
-    text = (
-        "{ .reg .b32 a,b,c; shl.b32 a,$1,4; and.b32 a,a,0x01800180; "
-        "shl.b32 b,$1,6; lop3.b32 a,b,0x00400040,a,0xEA; "
-        "shl.b32 c,$1,14; lop3.b32 $0,c,0x80008000,a,0xEA; }"
-    )
-    raw.append(_asm(text, [word]))
-    return [
-        _asm("mul.bf16x2 $0,$1,$2;", [value, factors[i % 2]], "=r,r,r")
-        for i, value in enumerate(raw)
-    ]
-
-
-def _mma(sums, x, weight) -> list[Any]:
-    """One mma.m16n8k16: four sums, four words of activations, two of the weight."""
-    text = (
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0,$1,$2,$3}, {$8,$9,$10,$11}, {$12,$13}, {$4,$5,$6,$7};"
-    )
-    struct = ir.Type.parse("!llvm.struct<(f32,f32,f32,f32)>")
-    constraints = ",".join(["=f"] * 4 + ["f"] * 4 + ["r"] * 6)
-    found = llvm.inline_asm(struct, [*sums, *x, *weight], text, constraints)
-    return [_extract(ir.F32Type.get(), found, i) for i in range(4)]
-
-
-def _fma(value, factor, addend):
-    f32 = ir.F32Type.get()
-    return llvm.inline_asm(f32, [value, factor, addend], "fma.rn.f32 $0,$1,$2,$3;", "=f,f,f,f")
-
-
-def _halves(word) -> list[Any]:
-    """Two bfloat16 as float32."""
-    f32 = ir.F32Type.get()
-    low, high = arith.shli(word, _i32(16)), arith.andi(word, _i32(0xFFFF0000))
-    return [mgpu.utils.bitcast(half, f32) for half in (low, high)]
 
 
 def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> jax.Array:
@@ -296,52 +246,11 @@ def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> j
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout),
     )
     def load(_, ref):
-        base, warp, lane = _base_and_lane(ref)
-        registers = [_vector(values, _i32_type()) for values in words(base, warp, lane)]
+        base, warp, lane = ptx.base_and_lane(ref)
+        registers = [ptx.packed(values, ptx.i32_type()) for values in words(base, warp, lane)]
         return _array(registers, layout, shape, is_signed=True)
 
     return load(ref)  # pyright: ignore[reportCallIssue]: the context is inserted
-
-
-def _base_and_lane(ref: Any) -> tuple[Any, Any, Any]:
-    """Address of a reference; which warp of its warpgroup this is, and which lane of it."""
-    base = llvm.ptrtoint(_i64(), mgpu.utils.memref_ptr(ref))
-    tid = arith.remui(mgpu.utils.thread_idx(), _i32(128))
-    return base, arith.shrui(tid, _i32(5)), arith.andi(tid, _i32(31))
-
-
-def _store_words(address: Any, words: list[Any], silent: Any) -> None:
-    """Stores one or two words, unless `silent` is not zero."""
-    names = ",".join(f"${i + 2}" for i in range(len(words)))
-    target = f".b32 [$0], {names}" if len(words) == 1 else f".v2.b32 [$0], {{{names}}}"
-    text = f"{{ .reg .pred p; setp.eq.u32 p,$1,0; @p st.global{target}; }}"
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        [address, silent, *words],
-        text,
-        ",".join(["l", "r"] + ["r"] * len(words)),
-        has_side_effects=True,
-    )
-
-
-def _load_words(base: Any, place: Any, size: int, hint: str) -> list[Any]:
-    """`size` words from the place, counted in words from the base."""
-    address = arith.addi(base, arith.extui(_i64(), _times(place, 4)))
-    i32 = _i32_type()
-    if size == 1:
-        text = f"ld.global.nc{hint}.b32 $0, [$1];"
-        return [llvm.inline_asm(i32, [address], text, "=r,l", has_side_effects=True)]
-    names = ",".join(f"${i}" for i in range(size))
-    text = f"ld.global.nc{hint}.v{size}.b32 {{{names}}}, [${size}];"
-    struct = ir.Type.parse(f"!llvm.struct<({','.join(['i32'] * size)})>")
-    constraints = "=r," * size + "l"
-    found = llvm.inline_asm(struct, [address], text, constraints, has_side_effects=True)
-    return [_extract(i32, found, i) for i in range(size)]
-
-
-def _from_lane(value, lane):
-    text = "shfl.sync.idx.b32 $0,$1,$2,31,0xFFFFFFFF;"
-    return llvm.inline_asm(_i32_type(), [value, lane], text, "=r,r,r", has_side_effects=True)
 
 
 def _layout(tiling, warps, lanes) -> Any:
@@ -354,56 +263,3 @@ def _array(registers: list[Any], layout: Any, shape: tuple[int, ...], is_signed=
     own = layout.to_mgpu()
     shaped = np.array(registers, dtype=object).reshape(own.registers_shape(shape))
     return mgpu.FragmentedArray(_registers=shaped, _layout=own, _is_signed=is_signed)
-
-
-def _vector(values: list[Any], element: ir.Type) -> Any:
-    whole = llvm.mlir_undef(ir.VectorType.get((len(values),), element))
-    for i, value in enumerate(values):
-        whole = vector.insert(value, whole, dynamic_position=[], static_position=_position(i))
-    return whole
-
-
-def _parts(whole: Any, count: int) -> list[Any]:
-    if not isinstance(whole.type, ir.VectorType):
-        return [whole]
-    return [
-        vector.extract(whole, dynamic_position=[], static_position=_position(i))
-        for i in range(count)
-    ]
-
-
-def _as_words(value: Any, count: int) -> Any:
-    return mgpu.utils.bitcast(value, ir.VectorType.get((count,), _i32_type()))
-
-
-def _extract(kind: ir.Type, struct: Any, index: int) -> Any:
-    return llvm.extractvalue(kind, struct, _position(index))
-
-
-def _position(index: int) -> Any:
-    return ir.DenseI64ArrayAttr.get([index])
-
-
-def _asm(text: str, inputs: list[Any], constraints: str = "=r,r") -> Any:
-    return llvm.inline_asm(_i32_type(), inputs, text, constraints)
-
-
-def _times(value: Any, factor: int) -> Any:
-    return arith.muli(value, _i32(factor))
-
-
-def _plus(left: Any, right: Any) -> Any:
-    return arith.addi(left, right)
-
-
-def _i32(value: int) -> Any:
-    signed = value - (1 << 32) if value >= 1 << 31 else value
-    return arith.constant(_i32_type(), ir.IntegerAttr.get(_i32_type(), signed))
-
-
-def _i32_type() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
-
-
-def _i64() -> ir.Type:
-    return ir.IntegerType.get_signless(64)

@@ -3,18 +3,19 @@
 CPUs differ from one another and from hour to hour, so seconds compare only within a run.
 """
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxopt_models import data
-from jaxopt_models.bench.peer import circumstances, exchanged, run_peer
+from jaxopt_models.bench.peer import alternately, circumstances, exchanged, run_peer
 from jaxopt_models.bench.quality import compiling_anew
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
@@ -71,32 +72,29 @@ def bench_calibration(
         "rows": [],
     }
     for name in recipes:
-        algorithm, usual = ALGORITHMS[name]
-        count = windows or usual
+        count = windows or ALGORITHMS[name][1]
         batches = data.token_batches(loaded, corpus, count, length, batch)
-        ours, theirs = [], []
-        with exchanged(loaded, batches) as (directory, tokens), compiling_anew():
-            arguments = (directory, tokens, str(batch), algorithm)
-            for _ in progress(range(rounds), name):
-                jax.clear_caches()
-                start = time.perf_counter()
-                params, _ = quantize(loaded, Recipe.load(name), batches)
-                jax.block_until_ready(params)
-                ours.append(time.perf_counter() - start)
-                theirs.append(
-                    run_peer(peer_python, "peer_calibration.py", arguments, "nvidia-modelopt")
-                )
-        seconds = [figures["seconds"] for figures in theirs]
-        row = {
-            "recipe": name,
-            "peer": f"ModelOpt {algorithm}",
-            "windows": count,
-            "seconds": min(ours),
-            "peer_seconds": min(seconds),
-            "ratio_to_peer": min(ours) / min(seconds),
-            "all_seconds": {"ours": ours, "peer": seconds},
-        }
-        result = result | {"rows": [*result["rows"], row]} | circumstances(theirs[0]["versions"])
+        times, versions = _time(name, loaded, batches, peer_python, progress(range(rounds), name))
+        row = {"recipe": name, "peer": f"ModelOpt {ALGORITHMS[name][0]}", "windows": count} | times
+        result = result | {"rows": [*result["rows"], row]} | circumstances(versions)
         if out:
             write_json(out, result)
     return result
+
+
+def _time(
+    name: str,
+    model: Model,
+    batches: Sequence[np.ndarray],
+    peer_python: str,
+    rounds: Iterable[Any],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(times of one recipe, see `alternately`; the peer's versions)."""
+    with exchanged(model, batches) as (directory, tokens), compiling_anew():
+        arguments = (directory, tokens, str(len(batches[0])), ALGORITHMS[name][0])
+        _, best, times = alternately(
+            lambda: jax.block_until_ready(quantize(model, Recipe.load(name), batches)[0]),
+            lambda: run_peer(peer_python, "peer_calibration.py", arguments, "nvidia-modelopt"),
+            rounds,
+        )
+    return times, best["versions"]

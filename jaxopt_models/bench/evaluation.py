@@ -1,12 +1,9 @@
 """How long evaluating takes here and with transformers + torch, on the same windows in one run."""
 
-import time
 from typing import Any
 
-import jax
-
 from jaxopt_models import data
-from jaxopt_models.bench.peer import circumstances, exchanged, run_peer
+from jaxopt_models.bench.peer import alternately, circumstances, exchanged, run_peer
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.evaluate import evaluate
 
@@ -32,25 +29,17 @@ def bench_evaluation(
     """
     loaded = load(model)
     batches = data.token_batches(loaded, data.load_text(text, "evaluation"), windows, length, batch)
-    ours, theirs = [], []
     with exchanged(loaded, batches) as (directory, tokens):
-        arguments = (directory, tokens, str(batch))
-        for _ in range(rounds):
-            jax.clear_caches()
-            start = time.perf_counter()
-            metrics = evaluate(loaded.config, loaded.params, batches)
-            ours.append(time.perf_counter() - start)
-            theirs.append(
-                run_peer(peer_python, "peer_evaluation.py", arguments, "torch and transformers")
-            )
-    best = min(theirs, key=lambda figures: figures["seconds"])
+        arguments, needs = (directory, tokens, str(batch)), "torch and transformers"
+        metrics, best, times = alternately(
+            lambda: evaluate(loaded.config, loaded.params, batches),
+            lambda: run_peer(peer_python, "peer_evaluation.py", arguments, needs),
+            range(rounds),
+        )
     return {
         "model": model,
         "protocol": {"text": text, "windows": windows, "length": length, "batch": batch},
         "perplexity": metrics.perplexity,
         "peer_perplexity": best["perplexity"],
-        "seconds": min(ours),
-        "peer_seconds": best["seconds"],
-        "ratio_to_peer": min(ours) / best["seconds"],
-        "all_seconds": {"ours": ours, "peer": [figures["seconds"] for figures in theirs]},
+        **times,
     } | circumstances(best["versions"])

@@ -20,6 +20,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.report import write_json
 from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
+from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.w4a16_decode import (
     Tiling,
     default_tiling,
@@ -66,8 +67,8 @@ def bench_kernels(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f"no kernel for {unknown[0]}; choose {', '.join(KINDS)}")
-    first = jax.devices()[0]
-    if first.platform != "gpu" or float(first.compute_capability) != 9.0:
+    processors = hopper_processors()
+    if processors is None:
         raise UserError(f"bench kernels needs a Hopper GPU; the default device is {device()}")
     bandwidth = _read_bandwidth()
     result: dict[str, Any] = {
@@ -85,7 +86,7 @@ def bench_kernels(
             weights = _weights(kind, n, k)
             limit = _bytes(weights[0]) / bandwidth * 1e6
             for m in rows:
-                us, tiling = _fastest(weights, m, first.core_count, tune)
+                us, tiling = _fastest(weights, m, processors, tune)
                 result["rows"].append(
                     {"n": n, "k": k, "m": m, "kind": kind, "us": us, "tiling": vars(tiling)}
                     | {"limit_us": limit, "share_of_limit": limit / us}

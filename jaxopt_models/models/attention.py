@@ -1,6 +1,7 @@
 """Rotary embeddings and grouped-query attention."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -81,12 +82,12 @@ def attend(
     Returns:
       [B, T, H, d] in the dtype of `query`.
     """
-    options = (scale, window, softcap)
-    parts = [
-        _attend(query[:, part], key, value, query_positions[:, part], key_positions, *options)
-        for part in _parts(query.shape[1], _QUERY_CHUNK)
-    ]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+    def chunk(part: slice) -> jax.Array:
+        rows, at = query[:, part], query_positions[:, part]
+        return _attend(rows, key, value, at, key_positions, scale, window, softcap)
+
+    return _in_chunks(query.shape[1], _QUERY_CHUNK, chunk)
 
 
 def self_attend(
@@ -113,22 +114,20 @@ def self_attend(
     """
     length = query.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    options = (scale, window, softcap)
 
-    def piece(part: slice) -> jax.Array:
+    def chunk(part: slice) -> jax.Array:
         seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)
-        keys, values = key[:, :, seen], value[:, :, seen]
-        return _attend(
-            query[:, part], keys, values, positions[:, part], positions[:, seen], *options
-        )
+        rows, keys, values = query[:, part], key[:, :, seen], value[:, :, seen]
+        at, keys_at = positions[:, part], positions[:, seen]
+        return _attend(rows, keys, values, at, keys_at, scale, window, softcap)
 
-    chunk = min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4)))
-    parts = [piece(part) for part in _parts(length, chunk)]
+    return _in_chunks(length, min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4))), chunk)
+
+
+def _in_chunks(length: int, size: int, chunk: Callable[[slice], jax.Array]) -> jax.Array:
+    starts = range(0, length, size)
+    parts = [chunk(slice(start, min(start + size, length))) for start in starts]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def _parts(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):

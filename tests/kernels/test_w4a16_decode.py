@@ -138,6 +138,6 @@ def test_dispatch_takes_the_kernel_on_a_gpu(weight):
         packed, values = weight("int4", 256, 1024)
         x = activations(4, 1024)
         text = jax.jit(w4a16).lower(x, packed).as_text()
-        assert ("mosaic_gpu" in text) == (dispatch._hopper_processors() is not None)
+        assert ("mosaic_gpu" in text) == (dispatch.hopper_processors() is not None)
         assert relative_error(jax.jit(w4a16)(x, packed), x, values) < 3e-3
         assert relative_error(reference.w4a16(x, packed), x, values) < 5e-3
