@@ -5,21 +5,23 @@ a warp's 32 lanes holds certain entries of both. A weight [N, K] is stored so th
 from memory, 16 bytes at a time, are its own entries, and a few bit operations on each 32-bit word
 make bfloat16 of them. Nothing is exchanged between lanes, and a warp reads 512 bytes in one piece.
 
-A *unit* is 16 rows and 64 columns: 128 words. Lane l = 4 g + t holds rows g and g + 8 and the 16
-columns 16 t … 16 t + 15, which is one scale block of NVFP4. (The product does not care which column
-counts as which of the instruction's, as long as both operands agree.) Its four words serve four
-instructions; word j holds columns 16 t + 4 j + {0, 1, 2, 3} of both rows. Units follow one another
-along K, then along N.
+A *unit* is 16 rows and 64 columns: 128 words. Lane l = 4 g + t holds rows g and g + 8; its four
+words serve four instructions. Word j has of both rows columns 16 j + {2 t, 2 t + 1, 2 t + 8, 2 t +
+9}, which are those that this lane feeds to `mma.m16n8k16`, as either operand, and to `wgmma` from
+registers: one packing for every kernel, and activations in their own order. Units follow one
+another along K, then along N.
 
     INT4    nibble 4 i of each half word is register i; code | 0x4300 is 128 + code in bfloat16.
     E2M1    sign and magnitude sit where a rotation by 0, 3 or 6 bits brings them to bits 15 and
             8..6 of each half word, the place of the same value times 2^-126 in bfloat16 (register
             3 takes what is left, in three pieces).
 
-Scales: INT4 has one for 128 columns, bfloat16; a lane reads those of its output columns. NVFP4 has
-one for each 16 columns, that is one for a lane, a unit and a row: a byte with 5 exponent and 3
-mantissa bits, which holds every positive E4M3 number without its subnormals' special case. MXFP4
-has a power of two for each 32 columns, which two lanes share: one byte, relative to the largest.
+Register i = 2 h + r holds columns 2 t + 8 h and the next, of row g + 8 r.
+
+Scales, too, are in pairs (row g, row g + 8). INT4 has one bfloat16 for 128 columns: a word a pair.
+NVFP4 has one for each 16 columns: a byte with 5 exponent and 3 mantissa bits, which holds every
+positive E4M3 number without its subnormals' special case. MXFP4 has a power of two for each 32
+columns: a byte, relative to the largest. Of these, the four lanes of a g read the same words.
 """
 
 from dataclasses import dataclass
@@ -37,6 +39,7 @@ STEP = 512  # columns that four warps take at a time; K is padded to a multiple
 WORDS_A_GROUP = 256  # codes of 16 rows x 128 columns
 SCALE_WORDS = {"int4": 8, "nvfp4": 32, "mxfp4": 16}  # scales of the same
 INT4_BLOCK = 128
+E2M1_BLOCK = {"nvfp4": 16, "mxfp4": 32}
 
 # E2M1: right rotations that bring a register's bits into place, and the mask of that place.
 ROTATIONS = (0, 3, 6)
@@ -75,8 +78,7 @@ class FourBit:
 
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K], exact."""
-        scales = shared_words(self.scales) if self.kind == "mxfp4" else self.scales
-        values = values_of(self.codes, scales, self.kind)
+        values = values_of(self.codes, self.scales, self.kind)
         return values[: self.shape[0], : self.shape[1]] * self.factor
 
 
@@ -94,8 +96,7 @@ def pack_int4(codes: jax.Array, scales: jax.Array) -> FourBit:
     nibbles = _padded((codes + 8).astype(jnp.uint32), STEP, 8)
     halves = lax.bitcast_convert_type(scales.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     halves = _padded(halves, STEP // INT4_BLOCK)
-    # [tile, half of rows, t, e, group] -> [tile, group, t, half, e]
-    ordered = halves.reshape(-1, 2, 4, 2, halves.shape[1]).transpose(0, 4, 2, 1, 3)
+    ordered = halves.reshape(-1, 2, 8, halves.shape[1]).transpose(0, 3, 2, 1)  # [.., g, half]
     words = ordered[..., 0] | ordered[..., 1] << 16
     return FourBit(
         codes=_signed(_packed_codes(nibbles, "int4")),
@@ -127,7 +128,7 @@ def pack_nvfp4(codes: jax.Array, scales: jax.Array, tensor_scale: jax.Array) -> 
     nibbles = jnp.where(jnp.repeat(zero, 16, axis=1), 0, codes).astype(jnp.uint32)
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "nvfp4")),
-        scales=_signed(_scale_words(_padded(scale_bytes, STEP // 16))),
+        scales=_signed(_scale_words(_padded(scale_bytes, STEP // 16), 16)),
         factor=tensor_scale.astype(jnp.float32) * 2.0**-NVFP4_SHIFT,
         kind="nvfp4",
         shape=_shape(codes),
@@ -153,14 +154,9 @@ def pack_mxfp4(codes: jax.Array, exponents: jax.Array) -> FourBit:
     lost = scale_bytes < _MXFP4_LEAST
     nibbles = jnp.where(jnp.repeat(lost, 32, axis=1), 0, codes).astype(jnp.uint32)
     scale_bytes = _padded(jnp.maximum(scale_bytes, _MXFP4_LEAST).astype(jnp.uint32), STEP // 32)
-    words = _scale_words(jnp.repeat(scale_bytes, 2, axis=1)).reshape(-1, 2, 8, 4)
-    # Lanes t and t ^ 1 have the same: the even keeps the first 128 columns', the odd the second.
-    odd = lax.broadcasted_iota(jnp.int32, (1, 8, 4), 2) % 2 == 1
-    words = jnp.where(odd, words[:, 1], words[:, 0])
-    tiles = scale_bytes.shape[0] // ROWS
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "mxfp4")),
-        scales=_signed(words.reshape(tiles, -1)),
+        scales=_signed(_scale_words(scale_bytes, 32)),
         factor=jnp.ldexp(jnp.float32(1), largest - MXFP4_SHIFT),
         kind="mxfp4",
         shape=_shape(codes),
@@ -170,8 +166,7 @@ def pack_mxfp4(codes: jax.Array, exponents: jax.Array) -> FourBit:
 def values_of(codes: jax.Array, scales: jax.Array, kind: Kind) -> jax.Array:
     """Weights of packed words, without the factor: int32 [R, 2 K], [R, …] -> float32 [16 R, K].
 
-    MXFP4's scales are those of `shared_words`. Uses nothing but arithmetic, so that it can stand in
-    for registers inside a kernel.
+    Uses nothing but arithmetic, so that it can stand in for registers inside a kernel.
     """
     nibbles = unpacked_codes(codes, kind)
     if kind == "int4":
@@ -181,20 +176,13 @@ def values_of(codes: jax.Array, scales: jax.Array, kind: Kind) -> jax.Array:
         exponent == 0, mantissa / 2, (1 + mantissa / 2) * (1 << exponent).astype(jnp.float32) / 2
     )
     values = jnp.where((nibbles & 8) != 0, -magnitude, magnitude)
-    scale_bytes = _scale_bytes(scales)
+    block = E2M1_BLOCK[kind]
+    scale_bytes = _scale_bytes(scales, block)
     if kind == "nvfp4":
         bits = (scale_bytes + ((127 - NVFP4_BIAS + NVFP4_SHIFT) << 3)) << 20
     else:  # its top byte stands for 2^0
         bits = (scale_bytes + (127 - MXFP4_TOP + MXFP4_SHIFT)) << 23
-    return values * jnp.repeat(lax.bitcast_convert_type(bits, jnp.float32), 16, 1)
-
-
-def shared_words(scales: jax.Array) -> jax.Array:
-    """MXFP4's words as each lane needs them: [R, 16 a group of 128] -> [R, 32 a group]."""
-    words = scales.reshape(len(scales), -1, 1, 8, 2, 2)  # [R, pair of groups, 1, g, t / 2, t % 2]
-    first, second = words[..., :1], words[..., 1:]
-    both = jnp.concatenate([first, second], axis=2)  # [R, pair, group of it, g, t / 2, 1]
-    return jnp.concatenate([both, both], axis=-1).reshape(len(scales), -1)
+    return values * jnp.repeat(lax.bitcast_convert_type(bits, jnp.float32), block, 1)
 
 
 def unpacked_codes(words: jax.Array, kind: Kind) -> jax.Array:
@@ -204,13 +192,13 @@ def unpacked_codes(words: jax.Array, kind: Kind) -> jax.Array:
     registers = [[_gathered(unsigned, places) for places in pair] for pair in _places(kind)]
     nibbles = jnp.stack([jnp.stack(pair, -1) for pair in registers], -2)  # [.., register, e]
     nibbles = nibbles.reshape(*unsigned.shape, 2, 2, 2)  # [tile, unit, g, t, j, pair, half, e]
-    return nibbles.transpose(0, 6, 2, 1, 3, 4, 5, 7).reshape(ROWS * tiles, -1)
+    return nibbles.transpose(0, 6, 2, 1, 4, 5, 3, 7).reshape(ROWS * tiles, -1)
 
 
 def _packed_codes(nibbles: jax.Array, kind: Kind) -> jax.Array:
     rows, columns = nibbles.shape
-    ordered = nibbles.reshape(rows // ROWS, 2, 8, columns // 64, 4, 4, 2, 2)
-    ordered = ordered.transpose(0, 3, 2, 4, 5, 6, 1, 7)  # [tile, unit, g, t, j, pair, half, e]
+    ordered = nibbles.reshape(rows // ROWS, 2, 8, columns // 64, 4, 2, 4, 2)
+    ordered = ordered.transpose(0, 3, 2, 6, 4, 5, 1, 7)  # [tile, unit, g, t, j, pair, half, e]
     ordered = ordered.reshape(*ordered.shape[:5], 4, 2)
     words = jnp.zeros(ordered.shape[:5], jnp.uint32)
     for register, pair in enumerate(_places(kind)):
@@ -238,30 +226,30 @@ def _gathered(words: jax.Array, places: tuple[int, ...]) -> jax.Array:
 
 def _int4_scales(words: jax.Array) -> jax.Array:
     """[R, 8 a group] -> float32 [16 R, groups]."""
-    unsigned = lax.bitcast_convert_type(words, jnp.uint32).reshape(len(words), -1, 4, 2)
-    pair = jnp.stack([unsigned << 16, unsigned >> 16 << 16], -1)  # [tile, group, t, half, e]
-    ordered = pair.transpose(0, 3, 2, 4, 1).reshape(ROWS * len(words), -1)
+    unsigned = lax.bitcast_convert_type(words, jnp.uint32).reshape(len(words), -1, 8)
+    pair = jnp.stack([unsigned << 16, unsigned >> 16 << 16], 1)  # [tile, half, group, g]
+    ordered = pair.transpose(0, 1, 3, 2).reshape(ROWS * len(words), -1)
     return lax.bitcast_convert_type(ordered, jnp.float32)
 
 
-def _scale_words(scale_bytes: jax.Array) -> jax.Array:
-    """Bytes [N, K / 16] -> [N / 16, 32 a group]: of lane (g, t), the byte of (unit, half) at
-    2 unit + half."""
-    rows, blocks = scale_bytes.shape
-    ordered = scale_bytes.reshape(rows // ROWS, 2, 8, blocks // 8, 2, 4)
-    ordered = ordered.transpose(0, 3, 2, 5, 4, 1).reshape(rows // ROWS, -1, 4)
+def _scale_words(scale_bytes: jax.Array, block: int) -> jax.Array:
+    """Bytes [N, K / block] -> [N / 16, words a group · groups]: for each g, (row g, row g + 8) of a
+    block, then of the next."""
+    tiles, blocks = scale_bytes.shape[0] // ROWS, 128 // block
+    ordered = scale_bytes.reshape(tiles, 2, 8, -1, blocks).transpose(0, 3, 2, 4, 1)
+    ordered = ordered.reshape(tiles, -1, 4)
     words = ordered[..., 0]
     for i in range(1, 4):
         words = words | ordered[..., i] << 8 * i
     return words
 
 
-def _scale_bytes(words: jax.Array) -> jax.Array:
-    """The inverse: [R, 32 a group] -> int32 [16 R, K / 16]."""
-    unsigned = lax.bitcast_convert_type(words, jnp.uint32).reshape(len(words), -1, 8, 4)
+def _scale_bytes(words: jax.Array, block: int) -> jax.Array:
+    """The inverse: [R, words a group · groups] -> int32 [16 R, K / block]."""
+    unsigned = lax.bitcast_convert_type(words, jnp.uint32)
     parts = jnp.stack([unsigned >> 8 * i & 255 for i in range(4)], -1).astype(jnp.int32)
-    parts = parts.reshape(*unsigned.shape, 2, 2)  # [tile, group, g, t, unit, half]
-    return parts.transpose(0, 5, 2, 1, 4, 3).reshape(ROWS * len(words), -1)
+    parts = parts.reshape(len(words), -1, 8, 128 // block, 2)  # [tile, group, g, block, half]
+    return parts.transpose(0, 4, 2, 1, 3).reshape(ROWS * len(words), -1)
 
 
 def _padded(array: jax.Array, columns: int, value: int = 0) -> jax.Array:

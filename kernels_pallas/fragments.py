@@ -22,13 +22,14 @@ from jaxlib.mlir.dialects import arith
 
 from kernels_pallas import instructions as ptx
 from kernels_pallas.four_bit import (
+    E2M1_BLOCK,
     MXFP4_SHIFT,
     MXFP4_TOP,
     NVFP4_BIAS,
     NVFP4_SHIFT,
+    SCALE_WORDS,
     WORDS_A_GROUP,
     Kind,
-    shared_words,
     values_of,
 )
 
@@ -59,15 +60,16 @@ class Fragments:
 
     @property
     def scales(self) -> Any:
-        """int32: two words for each lane (INT4 [32], by output column), or one ([128])."""
+        """int32: INT4 [32], two words by output columns; else two or four, of the lane's rows."""
         if self.kind == "int4":
             return _layout(((32,), (8,), (2,)), (-3,), (plgpu.Replicated(8), -2))
-        return _layout(((128,), (32,), (1,)), (-3,), (-2,))
+        words = SCALE_WORDS[self.kind]
+        return _layout(((4 * words,), (words,), (words // 8,)), (-3,), (-2, plgpu.Replicated(4)))
 
     @property
     def activations(self) -> Any:
-        """bfloat16 [4, rows, 128]: 16 columns in a row of each 64 for each lane."""
-        return _layout(((4, 8, 64), (16,), (8,)), (-5,), (-4, -3))
+        """bfloat16 [4, rows, 128]: two columns of each 8 for each lane."""
+        return _layout(((4, 8, 8), (2,)), (-4,), (-3, -2))
 
     @property
     def sums(self) -> Any:
@@ -128,21 +130,17 @@ class Fragments:
     def load_scales(self, ref: Any) -> jax.Array:
         """A step's scales from global memory, int32 [4 · `SCALE_WORDS`], as `scales` has them."""
         if self.interpret:
-            return shared_words(ref[...][None])[0] if self.kind == "mxfp4" else ref[...]
+            return ref[...]
+        size = SCALE_WORDS[self.kind]
 
         def words(base: Any, warp: Any, lane: Any) -> list[Any]:
             if self.kind == "int4":
-                pair = ptx.times(arith.andi(lane, ptx.i32(3)), 2)
-                return [ptx.load_words(base, ptx.plus(ptx.times(warp, 8), pair), 2, "")]
-            if self.kind == "nvfp4":
-                return [ptx.load_words(base, ptx.plus(ptx.times(warp, 32), lane), 1, "")]
-            # Two warps share 32 words, and lanes t, t ^ 1 hold one of each; see `pack_mxfp4`.
-            place = ptx.plus(ptx.times(arith.shrui(warp, ptx.i32(1)), 32), lane)
-            odd = arith.andi(warp, ptx.i32(1))
-            owner = arith.ori(arith.andi(lane, ptx.i32(30)), odd)
-            return [[ptx.from_lane(word, owner)] for word in ptx.load_words(base, place, 1, "")]
+                place, count = ptx.times(arith.andi(lane, ptx.i32(3)), 2), 2
+            else:
+                place, count = ptx.times(arith.shrui(lane, ptx.i32(2)), size // 8), size // 8
+            return [ptx.load_words(base, ptx.plus(ptx.times(warp, size), place), count, "")]
 
-        return _from_global(ref, self.scales, (32,) if self.kind == "int4" else (128,), words)
+        return _from_global(ref, self.scales, (4 * size,), words)
 
     def multiply(
         self, sums: jax.Array, codes: jax.Array, activations: jax.Array, scales: jax.Array
@@ -165,7 +163,7 @@ class Fragments:
         def multiply(_, sums, codes, activations, scales):
             before = sums.registers.reshape(self.rows // 8, 2)
             before = {index: ptx.parts(value, 2) for index, value in np.ndenumerate(before)}
-            scale_words = ptx.parts(scales.registers.reshape(1)[0], 2 if self.kind == "int4" else 1)
+            scale_words = ptx.parts(scales.registers.reshape(1)[0], self._words_a_lane)
             words = [ptx.parts(unit, 4) for unit in codes.registers.reshape(2)]
             after = self._multiply_units(
                 before, words, self._activation_words(activations), scale_words
@@ -175,16 +173,14 @@ class Fragments:
 
         return multiply(sums, codes, activations, scales)  # pyright: ignore[reportCallIssue]
 
-    def _activation_words(self, activations) -> list[list[list[Any]]]:
-        """[unit][rows / 8] -> eight words of two bfloat16."""
-        pieces = activations.registers.reshape(self.rows // 8, 2, 2)
-        return [
-            [
-                [word for piece in rows[unit] for word in ptx.parts(ptx.as_words(piece, 4), 4)]
-                for rows in pieces
-            ]
-            for unit in range(2)
-        ]
+    @property
+    def _words_a_lane(self) -> int:
+        return 2 if self.kind == "int4" else SCALE_WORDS[self.kind] // 8
+
+    def _activation_words(self, activations) -> list[list[Any]]:
+        """[rows / 8][columns / 8] -> a word of two bfloat16."""
+        pieces = activations.registers.reshape(self.rows // 8, 16)
+        return [[ptx.parts(ptx.as_words(piece, 1), 1)[0] for piece in rows] for rows in pieces]
 
     def _multiply_units(self, before, words, x, scale_words) -> dict[tuple[int, int], list[Any]]:
         """Sums by (rows / 8, columns / 8): two a lane."""
@@ -195,44 +191,40 @@ class Fragments:
         sums = {
             n: [*start[0, n], *(start[1, n] if self.rows == 16 else [zero, zero])] for n in (0, 1)
         }
-        for unit in range(2):
-            factors = None if self.kind == "int4" else self._scale_pairs(scale_words[0], unit)
-            for step in range(4):
-                if factors is None:
-                    weight = ptx.int4_registers(words[unit][step])
-                else:
-                    weight = ptx.e2m1_registers(words[unit][step], factors)
-                low, high = ([x[unit][m][2 * step + pair] for m in groups] for pair in (0, 1))
-                if self.rows == 8:
-                    low, high = [*low, ptx.i32(0)], [*high, ptx.i32(0)]
-                for n in (0, 1):
-                    sums[n] = ptx.mma(sums[n], [*low, *high], [weight[n], weight[2 + n]])
+        for step in range(8):
+            word = words[step // 4][step % 4]
+            if self.kind == "int4":
+                weight = ptx.int4_registers(word)
+            else:
+                block = step * 16 // E2M1_BLOCK[self.kind]
+                factors = self._scale_pair(scale_words[block // 2], block % 2)
+                weight = ptx.e2m1_registers(word, factors)
+            low, high = ([x[m][2 * step + pair] for m in groups] for pair in (0, 1))
+            if self.rows == 8:
+                low, high = [*low, ptx.i32(0)], [*high, ptx.i32(0)]
+            for n in (0, 1):
+                sums[n] = ptx.mma(sums[n], [*low, *high], [weight[n], weight[2 + n]])
         after = {(m, n): sums[n][2 * m : 2 * m + 2] for m in groups for n in (0, 1)}
         if self.kind != "int4":
             return after
+        pairs = [ptx.halves(word) for word in scale_words]  # of rows g, g + 8, for two g
         return {
             (m, n): [
-                ptx.fma(value, factor, old)
-                for value, factor, old in zip(
-                    after[m, n], ptx.halves(scale_words[n]), before[m, n], strict=True
-                )
+                ptx.fma(value, pair[n], old)
+                for value, pair, old in zip(after[m, n], pairs, before[m, n], strict=True)
             ]
             for m, n in after
         }
 
-    def _scale_pairs(self, word, unit: int) -> list[Any]:
-        """Scales of a lane's two rows as pairs of equal bfloat16, times 2^(126 + shift)."""
+    def _scale_pair(self, word, block: int) -> Any:
+        """Scales of a lane's two rows as two bfloat16, times 2^(126 + shift)."""
         up, add = (16, _NVFP4_ADD) if self.kind == "nvfp4" else (128, 0)
-
-        def pair(byte: int) -> Any:
-            both = f"0x4{byte}4{byte}"  # that byte into both half words, zeros above
-            add_both = add | add << 16
-            return ptx.asm(
-                f"{{ .reg .b32 u; prmt.b32 u,$1,0,{both}; mad.lo.u32 $0,u,{up},{add_both}; }}",
-                [word],
-            )
-
-        return [pair(2 * unit + half) for half in range(2)]
+        first = 2 * block
+        apart = f"0x4{first + 1}4{first}"  # a byte into each half word, zeros above
+        return ptx.asm(
+            f"{{ .reg .b32 u; prmt.b32 u,$1,0,{apart}; mad.lo.u32 $0,u,{up},{add | add << 16}; }}",
+            [word],
+        )
 
 
 def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> jax.Array:

@@ -25,7 +25,7 @@ def int4_registers(word) -> list[Any]:
 
 
 def e2m1_registers(word, factors) -> list[Any]:
-    """Four pairs of bfloat16, multiplied with the scale of their row."""
+    """Four pairs of bfloat16, multiplied with the scale of their row; see `scaled`."""
     raw = [arith.andi(word, i32(_PLACE))]
     for rotation in ROTATIONS[1:]:
         text = "{ .reg .b32 u; shf.r.wrap.b32 u,$1,$1,%d; and.b32 $0,u,0x%X; }"
@@ -36,9 +36,19 @@ def e2m1_registers(word, factors) -> list[Any]:
         "shl.b32 c,$1,14; lop3.b32 $0,c,0x80008000,a,0xEA; }"
     )
     raw.append(asm(text, [word]))
+    return scaled(raw, factors)
+
+
+def scaled(registers: list[Any], factors) -> list[Any]:
+    """Registers of a lane's rows g, g + 8, g, g + 8, times the two bfloat16 of `factors`."""
+    # Taking a half word twice is free: it is a modifier of the multiplication.
+    text = (
+        "{ .reg .b16 l,h; .reg .b32 s; mov.b32 {l,h},$2; mov.b32 s,{%s,%s}; mul.bf16x2 $0,$1,s; }"
+    )
+    halves = ("l", "h", "l", "h")
     return [
-        asm("mul.bf16x2 $0,$1,$2;", [value, factors[i % 2]], "=r,r,r")
-        for i, value in enumerate(raw)
+        asm(text % (half, half), [value, factors], "=r,r,r")
+        for value, half in zip(registers, halves, strict=True)
     ]
 
 
@@ -100,12 +110,6 @@ def load_words(base: Any, place: Any, size: int, hint: str) -> list[Any]:
     constraints = "=r," * size + "l"
     found = llvm.inline_asm(struct, [address], text, constraints, has_side_effects=True)
     return [extract(i32, found, i) for i in range(size)]
-
-
-def from_lane(value, lane):
-    """A word that another lane of the warp holds."""
-    text = "shfl.sync.idx.b32 $0,$1,$2,31,0xFFFFFFFF;"
-    return llvm.inline_asm(i32_type(), [value, lane], text, "=r,r,r", has_side_effects=True)
 
 
 def packed(values: list[Any], element: ir.Type) -> Any:

@@ -53,25 +53,25 @@ def warp_step(kind, codes, scales, x, warp: int) -> np.ndarray:
                 if kind == "int4":
                     registers = int4_registers(word)
                 else:
-                    if kind == "nvfp4":
-                        packed = scales[warp * 32 + lane]
-                    else:  # from the lane of the pair that has this warp's half
-                        packed = scales[warp // 2 * 32 + (lane & 30 | warp & 1)]
-                    own = [int(packed) >> 8 * (2 * unit + half) & 255 for half in range(2)]
+                    size, block = (
+                        (32, 4 * unit + step) if kind == "nvfp4" else (16, 2 * unit + step // 2)
+                    )
+                    packed = scales[warp * size + g * (size // 8) + block // 2]
+                    own = [int(packed) >> 8 * (2 * (block % 2) + half) & 255 for half in range(2)]
                     registers = e2m1_registers(word, [scale_pair(kind, byte) for byte in own])
-                first = warp * 128 + unit * 64 + 16 * t + 4 * step
+                first = warp * 128 + unit * 64 + 16 * step
                 for pair in range(2):
                     ks = [2 * t + 8 * pair, 2 * t + 8 * pair + 1]
                     for row in (g, g + 8):
-                        a[row, ks] = x[row, first + 2 * pair : first + 2 * pair + 2]
+                        a[row, ks] = x[row, first + 2 * t + 8 * pair : first + 2 * t + 8 * pair + 2]
                     for n in range(2):
                         b[n, ks, g] = registers[2 * pair + n]
             sums += a @ b
     if kind == "int4":  # by output column 2 t + e, of either eight
         for n in range(2):
             for t in range(4):
-                factors = bfloat16_pair(np.array(scales[warp * 8 + 2 * t + n], np.uint32))
-                sums[n][:, 2 * t : 2 * t + 2] *= factors
+                pair = bfloat16_pair(scales[warp * 8 + 2 * t : warp * 8 + 2 * t + 2])
+                sums[n][:, 2 * t : 2 * t + 2] *= pair[:, n]
     return np.concatenate(list(sums), axis=1)
 
 
