@@ -1,12 +1,13 @@
 """`jaxopt-models bench`: measurements beside a peer and a limit."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from jaxopt_models import report
 from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
+from jaxopt_models.errors import UserError
 
 bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
 
@@ -83,34 +84,58 @@ def bench_calibration(
 
 @bench.command("kernels")
 def bench_kernels(
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Try every tiling, instead of the default one.")
-    ] = False,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="int4, nvfp4 or mxfp4; may be repeated; else all.")
-    ] = None,
+    shapes: Annotated[
+        Literal["8b", "70b", "all"], typer.Option(help="Weights of which Llama 3.1.")
+    ] = "8b",
     rows: Annotated[
-        list[int] | None, typer.Option(min=1, max=16, help="M; may be repeated; else 1 4 8 16.")
+        list[int] | None,
+        typer.Option(min=1, help="M; may be repeated; else 1 4 8 16 64 2048, as kernels allow."),
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Format of weights; may be repeated; else all.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Try several tilings and remember the fastest.")
+    ] = False,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="With --tune: try every tiling.")
+    ] = False,
+    table: Annotated[
+        Path | None, typer.Option(help="With --tune: file to remember in, not the user's cache.")
+    ] = None,
+    peer_python: Annotated[
+        str | None, typer.Option(help="Python of an environment with torch; else this one.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help='A peer, or "none"; may be repeated; else all.')
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which nothing more is begun.")
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Time products of 4-bit weights with few activations, beside XLA and the memory limit."""
-    from jaxopt_models.bench import kernels
+    """Time products of low-precision weights, beside peers and what the device can do at all.
 
+    Rows are printed and saved one by one. A JSON file that is there is gone on with.
+    """
+    from jaxopt_models.bench import kernels
+    from jaxopt_models.bench.kernel_results import kernel_table
+
+    if (exhaustive or table) and not tune:
+        raise UserError("--exhaustive and --table say how to tune; add --tune")
+    names = kernels.SHAPES if shapes == "all" else [shapes]
     result = kernels.bench_kernels(
-        rows=rows or kernels.ROWS,
-        kinds=kind or kernels.KINDS,
-        tune=tune,
+        [shape for name in names for shape in kernels.SHAPES[name]],
+        rows,
+        kind or kernels.FORMATS,
+        tune=kernels.Tuning(exhaustive, table) if tune else None,
+        peer_python=peer_python,
+        peers=peer or (),
+        limit=limit,
         out=json,
-        progress=report.progress,
+        say=lambda line: report.out.print(line, soft_wrap=True, markup=False, highlight=False),
     )
-    report.out.print(f"memory is read at {result['read_bytes_per_second'] / 1e12:.2f} TB/s")
-    for row in result["rows"]:
-        report.out.print(
-            f"{row['kind']} {row['n']} x {row['k']}, M = {row['m']}: {row['us']:.1f} us, "
-            f"{row['share_of_limit']:.0%} of the limit, "
-            f"{row['speedup_over_xla_bf16']:.2f} x XLA's bfloat16"
-        )
+    report.out.print(kernel_table(result["rows"]))
 
 
 @bench.command("quality")

@@ -1,188 +1,261 @@
-"""How fast kernels are, beside XLA on bfloat16 and beside the time that reading the weight takes.
+"""How fast kernels are, beside their peers and beside what the device can do at all."""
 
-Weights rotate through copies larger than the L2 cache together, so that each is read from memory.
-Times are those of the kernels alone, as the GPU's profiler (CUPTI) counts them.
-"""
-
-import math
-import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from jaxopt_models.bench.quality_results import device, today
-from jaxopt_models.checkpoint.native import package_version
+from jaxopt_models.bench import kernel_timing
+from jaxopt_models.bench.kernel_operations import OPERATIONS, Operation, nearest
+from jaxopt_models.bench.kernel_peers import Figures, Peers
+from jaxopt_models.bench.kernel_results import KernelResults, best_peer, row_line
+from jaxopt_models.bench.kernel_timing import Dense, copies, microseconds
+from jaxopt_models.bench.quality_results import device
 from jaxopt_models.errors import UserError
-from jaxopt_models.progress import Progress, silent
-from jaxopt_models.report import write_json
-from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
+from kernels_pallas import tuning
 from kernels_pallas.dispatch import hopper_processors
-from kernels_pallas.w4a16_decode import (
-    Tiling,
-    default_tiling,
-    padded_rows,
-    tilings,
-    w4a16_decode,
-)
 
-# (N, K) of Llama-3.1-8B: q/k/v together, output, gate/up together, down.
-SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))
-ROWS = (1, 4, 8, 16)
-KINDS = ("int4", "nvfp4", "mxfp4")
-_L2 = 50 * 2**20
-_READ = 2**31  # bytes read to find out how fast memory can be read
+# (N, K) of Llama 3.1's products: q/k/v together, output, gate/up together, down.
+SHAPES = {
+    "8b": ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    "70b": ((10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)),
+}
+ROWS = (1, 4, 8, 16, 64, 2048)
+FORMATS = tuple(dict.fromkeys(form for op in OPERATIONS for form in op.formats))
+_CANDIDATES = 8  # tilings that are tried for a product, unless all are
+
+
+@dataclass
+class Tuning:
+    """Which tilings to try.
+
+    Attributes:
+      exhaustive: every candidate, instead of the few nearest to the one that is known.
+      table: file that the fastest go to; None is the user's own for this device.
+    """
+
+    exhaustive: bool = False
+    table: Path | None = None
+
+
+@dataclass
+class _Run:
+    """What one call of `bench_kernels` carries along."""
+
+    results: KernelResults
+    processors: int
+    name: str  # of the device
+    tuning: Tuning | None
+    say: Callable[[str], None]
+    until: float | None
+    longest: float = 0.0  # seconds that a step took
+    failed: list[str] = field(default_factory=list)
+
+    def stepped(self, start: float) -> None:
+        self.longest = max(self.longest, time.monotonic() - start)
+
+    def over(self) -> bool:
+        """Whether another step might not end in time."""
+        return self.until is not None and time.monotonic() + self.longest > self.until
 
 
 def bench_kernels(
-    shapes: Sequence[tuple[int, int]] = SHAPES,
-    rows: Sequence[int] = ROWS,
-    kinds: Sequence[str] = KINDS,
+    shapes: Sequence[tuple[int, int]] = SHAPES["8b"],
+    rows: Sequence[int] | None = None,
+    formats: Sequence[str] = FORMATS,
     *,
-    tune: bool = False,
+    tune: Tuning | None = None,
+    peer_python: str | None = None,
+    peers: Sequence[str] = (),
+    limit: float | None = None,
     out: Path | None = None,
-    progress: Progress = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Times products of 4-bit weights [N, K] with a few rows of activations.
+    """Times products of low-precision weights [N, K], ours and the peers' on the same sizes.
+
+    A tiling comes from the tables of tilings, else it is the kernel's default.
 
     Args:
       shapes: of weights.
-      rows: M, numbers of rows.
-      kinds: formats.
-      tune: times every tiling and keeps the fastest, instead of the default.
-      out: a .json file, rewritten after each weight.
-      progress: wraps the loop over weights.
+      rows: M, numbers of rows; None takes those of `ROWS` that some kernel supports.
+      formats: of weights.
+      tune: tries several tilings and keeps the fastest.
+      peer_python: interpreter of an environment with torch; None takes this one if it has torch.
+      peers: names of those to time; all if empty, none for ["none"].
+      limit: seconds after which no further product is begun that might not end in time.
+      out: a .json file, gone on with if it is there, rewritten after each row.
+      say: is told each row and whatever goes wrong.
 
     Returns:
-      `{read_bytes_per_second, rows, device, versions, date}`, a row `{n, k, m, kind, us, tiling,
-      limit_us, share_of_limit, xla_bf16_us, speedup_over_xla_bf16}` for each product. The limit is
-      what reading codes and scales takes at the measured bandwidth.
+      `{ceilings, rows, failures, device, versions, peers, date}`, a row `{op, kernel, format, M, K,
+      N, us, read_fraction, flop_fraction, bf16_us, best_peer, best_peer_us, weight_bytes, rate,
+      tiling, peers}` for each product. `bf16_us` is XLA's; peers are those with the row's format,
+      and torch in bfloat16.
 
     Raises:
-      UserError: without a Hopper GPU, or for a format that has no kernel.
+      UserError: without a Hopper GPU, for a format or M that no kernel takes, or, once everything
+        else is done, if products could not be timed.
     """
-    unknown = [kind for kind in kinds if kind not in KINDS]
-    if unknown:
-        raise UserError(f"no kernel for {unknown[0]}; choose {', '.join(KINDS)}")
+    start = time.monotonic()
+    rows = _checked(rows, formats, say)
     processors = hopper_processors()
     if processors is None:
         raise UserError(f"bench kernels needs a Hopper GPU; the default device is {device()}")
-    bandwidth = _read_bandwidth()
-    result: dict[str, Any] = {
-        "read_bytes_per_second": bandwidth,
-        "rows": [],
-        "device": device(),
-        "versions": {name: package_version(name) for name in ("jaxopt-models", "jax", "jaxlib")},
-        "date": today(),
-    }
-    for n, k in progress(shapes, "shapes"):
-        dense = _Dense(n, k)
-        baseline = {m: dense.microseconds(m) for m in rows}
+    until = None if limit is None else start + limit
+    name = jax.devices()[0].device_kind
+    run = _Run(KernelResults(out), processors, name, tune, say, until)
+    none = list(peers) == ["none"]
+    with Peers(peer_python, () if none else peers, until, say) as theirs:
+        if none:
+            theirs.skipped = "not asked for"
+        _measure_ceilings(run, theirs)
+        _all_products(run, theirs, shapes, rows, formats)
+        run.results.peers = theirs.about | {"skipped": theirs.skipped}
+    run.results.save()
+    if run.failed:
+        raise UserError(f"{len(run.failed)} products could not be timed, first {run.failed[0]}")
+    return run.results.document()
+
+
+def _checked(
+    rows: Sequence[int] | None, formats: Sequence[str], say: Callable[[str], None]
+) -> Sequence[int]:
+    unknown = [form for form in formats if form not in FORMATS]
+    if unknown:
+        raise UserError(f"no kernel for {unknown[0]}; choose {', '.join(FORMATS)}")
+    missing = [
+        (form, m) for form in formats for m in rows or ROWS if not list(_operations(form, m))
+    ]
+    if missing and rows is not None:
+        form, m = missing[0]
+        raise UserError(f"no kernel takes {m} rows with {form} weights; choose another --rows")
+    for form, m in missing:
+        say(f"no kernel takes {m} rows with {form} weights: left out")
+    return rows or ROWS
+
+
+def _operations(form: str, m: int) -> Iterator[Operation]:
+    return (op for op in OPERATIONS if form in op.formats and op.supports(m))
+
+
+def _measure_ceilings(run: _Run, theirs: Peers) -> None:
+    run.results.raise_ceilings(kernel_timing.ceilings(run.say))
+    run.results.raise_ceilings(theirs.ceilings())
+    run.results.save()
+    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in run.results.ceilings.items())
+    run.say(f"ceilings: {ceilings}")
+
+
+def _all_products(
+    run: _Run,
+    theirs: Peers,
+    shapes: Sequence[tuple[int, int]],
+    rows: Sequence[int],
+    formats: Sequence[str],
+) -> None:
+    for n, k in shapes:
+        wanted = {form: [m for m in rows if any(_operations(form, m))] for form in formats}
+        ms = [m for m in rows if any(m in some for some in wanted.values())]
+        if run.over():
+            return run.say(f"the limit is reached before {n} x {k}; finished rows are kept")
+        begun = time.monotonic()
+        dense = Dense(n, k)
+        bf16 = {m: dense.microseconds(m) for m in ms}
         del dense
-        for kind in kinds:
-            weights = _weights(kind, n, k)
-            limit = _bytes(weights[0]) / bandwidth * 1e6
-            for m in rows:
-                us, tiling = _fastest(weights, m, processors, tune)
-                result["rows"].append(
-                    {"n": n, "k": k, "m": m, "kind": kind, "us": us, "tiling": vars(tiling)}
-                    | {"limit_us": limit, "share_of_limit": limit / us}
-                    | {"xla_bf16_us": baseline[m], "speedup_over_xla_bf16": baseline[m] / us}
-                )
-            if out:
-                write_json(out, result)
-    return result
+        peers_bf16 = theirs.time("bf16", n, k, ms)
+        run.stepped(begun)
+        for form in formats:
+            if not wanted[form]:
+                continue
+            if run.over():
+                return run.say(f"the limit is reached at {form} {n} x {k}; finished rows are kept")
+            begun = time.monotonic()
+            figures = theirs.time(form, n, k, wanted[form])
+            run.stepped(begun)
+            run.results.peers = theirs.about | {"skipped": theirs.skipped}
+            beside = {m: peers_bf16.get(m, {}) | figures.get(m, {}) for m in wanted[form]}
+            if not _products(run, form, (n, k), bf16, beside):
+                return None
+    return None
 
 
-def microseconds[W](
-    run: Callable[[jax.Array, W], Any], x: jax.Array, weights: Sequence[W]
-) -> float:
-    """Mean time of `run(x, weight)` on the GPU over the weights, the median of five rounds.
-
-    Args:
-      run: jitted, so that it is lowered once for all weights.
-      x: its first argument.
-      weights: its second ones, read one after another.
-    """
-    from jax.experimental.mosaic.gpu import profiler  # needs CUPTI, so only here
-
-    def once(x: jax.Array, weights: Sequence[W]) -> list[Any]:
-        return [run(x, weight) for weight in weights]
-
-    _, times = profiler.measure(jax.jit(once), iterations=5)(x, weights)
-    assert times is not None  # the profiler saw kernels
-    return statistics.median(times) * 1e3 / len(weights)
+def _products(
+    run: _Run, form: str, shape: tuple[int, int], bf16: dict[int, float], beside: Figures
+) -> bool:
+    """Times one weight with several numbers of rows; False if the limit is reached."""
+    made: dict[Any, list[Any]] = {}
+    for m, figures in beside.items():
+        for operation in _operations(form, m):
+            where = f"{operation.kernel} {form} {shape[0]} x {shape[1]}, M = {m}"
+            if run.over():
+                run.say(f"the limit is reached before {where}; finished rows are kept")
+                return False
+            begun = time.monotonic()
+            row: dict[str, Any] = {"op": operation.op, "kernel": operation.kernel, "format": form}
+            row |= {"M": m, "K": shape[1], "N": shape[0]}
+            try:
+                if operation.weight not in made:
+                    made[operation.weight] = _rotating(operation, form, shape)
+                weights = made[operation.weight]
+                us, tiling = _fastest(run, operation, form, m, weights)
+                row |= {"us": us, "bf16_us": bf16[m]} | best_peer(figures)
+                row |= {"weight_bytes": _bytes(weights[0]), "rate": operation.rate}
+                run.results.add(row | {"tiling": asdict(tiling), "peers": figures})
+                run.say(row_line(row, run.results.ceilings))
+            except Exception as error:  # a kernel's failure must not lose the others
+                run.failed.append(f"{where}: {_reason(error)}")
+                run.say(run.failed[-1])
+                run.results.fail(row | {"reason": _reason(error)})
+            run.stepped(begun)
+    return True
 
 
 def _fastest(
-    weights: Sequence[FourBit], m: int, processors: int, tune: bool
-) -> tuple[float, Tiling]:
-    tiles, words = weights[0].codes.shape
-    sizes = padded_rows(m), tiles, words // 2
-    default = default_tiling(*sizes, processors)
-    assert default is not None
-    x = _activations(m, weights[0].shape[1])
-    timed: list[tuple[float, Tiling]] = []
-    for tiling in _deepened(tilings(*sizes), words // 2) if tune else [default]:
-        run = partial(w4a16_decode, tiling=tiling, processors=processors)
-        timed.append((microseconds(run, x, weights), tiling))
-    return min(timed, key=lambda pair: pair[0])
-
-
-def _deepened(candidates: Iterator[Tiling], columns: int) -> Iterator[Tiling]:
-    """Each with the depths that divide its steps."""
+    run: _Run, operation: Operation, form: str, m: int, weights: list[Any]
+) -> tuple[float, Any]:
+    """Times the known tiling or, when tuning, several; what is fastest is remembered."""
+    n, k = weights[0].shape
+    known = operation.best_known(m, form, weights[0], run.processors, run.name)
+    if known is None:
+        raise UserError(f"no tiling of {operation.kernel} fits {n} x {k} with {m} rows")
+    x = operation.activations(m, k)
+    candidates = [known]
+    if run.tuning is not None:
+        count = None if run.tuning.exhaustive else _CANDIDATES
+        candidates = nearest(known, operation.candidates(m, weights[0]), count)
+    timed: list[tuple[float, Any]] = []
     for tiling in candidates:
-        steps = tiling.steps(columns)
-        for depth in {math.gcd(depth, steps) for depth in (2, 4, 7, 8)}:
-            yield Tiling(tiling.wn, tiling.wk, tiling.split, depth)
+        if timed and run.until is not None and time.monotonic() > run.until:
+            break
+        product = operation.with_tiling(tiling, run.processors)
+        try:
+            timed.append((microseconds(product, x, weights), tiling))
+        except Exception as error:
+            if len(candidates) == 1:
+                raise
+            run.say(f"{tiling} is passed over: {_reason(error)}")
+    if not timed:
+        raise UserError(f"none of {len(candidates)} tilings of {operation.kernel} could be timed")
+    best = min(timed, key=lambda pair: pair[0])
+    if run.tuning is not None:
+        problem = tuning.Problem(operation.kernel, form, tuning.bucket(m), n, k)
+        file = run.tuning.table or tuning.cache_file(run.name)
+        tuning.remember({problem: asdict(best[1])}, file)
+    return best
 
 
-class _Dense:
-    """The same products in bfloat16 by XLA."""
-
-    def __init__(self, n: int, k: int) -> None:
-        keys = jax.random.split(jax.random.key(0), _copies(2 * n * k))
-        self.weights = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
-
-    def microseconds(self, m: int) -> float:
-        x = _activations(m, self.weights[0].shape[1])
-        return microseconds(jax.jit(lambda x, weight: x @ weight.T), x, self.weights)
+def _rotating(operation: Operation, form: str, shape: tuple[int, int]) -> list[Any]:
+    one = operation.weight(jax.random.key(0), form, *shape)
+    keys = jax.random.split(jax.random.key(1), copies(_bytes(one)) - 1)
+    return [one, *(operation.weight(key, form, *shape) for key in keys)]
 
 
-def _weights(kind: str, n: int, k: int) -> list[FourBit]:
-    @jax.jit
-    def make(key: jax.Array) -> FourBit:
-        first, second = jax.random.split(key)
-        codes = jax.random.randint(first, (n, k), 0, 16)
-        if kind == "int4":
-            return pack_int4(codes - 8, jax.random.uniform(second, (n, k // 128)))
-        if kind == "nvfp4":
-            scales = jax.random.uniform(second, (n, k // 16), maxval=448.0)
-            return pack_nvfp4(codes, scales.astype(jnp.float8_e4m3fn), jnp.float32(0.01))
-        return pack_mxfp4(codes, jax.random.randint(second, (n, k // 32), -8, 8))
-
-    one = make(jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), _copies(_bytes(one)) - 1)
-    return [one, *map(make, keys)]
+def _bytes(weight: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weight))
 
 
-def _activations(m: int, k: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)
-
-
-def _bytes(weight: FourBit) -> int:
-    return weight.codes.nbytes + weight.scales.nbytes
-
-
-def _copies(size: int) -> int:
-    return max(2, math.ceil(4 * _L2 / size))
-
-
-def _read_bandwidth() -> float:
-    """Bytes a second of the largest entry of a large array."""
-    data = jax.random.normal(jax.random.key(0), (_READ // 4,), jnp.float32)
-    largest = jax.jit(lambda least, array: jnp.maximum(least, jnp.max(array)))
-    return _READ / (microseconds(largest, jnp.float32(0), [data]) * 1e-6)
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

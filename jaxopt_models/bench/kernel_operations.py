@@ -1,0 +1,123 @@
+"""The products that the kernel bench times. One more kernel is one more entry of `OPERATIONS`."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models.bench.kernel_timing import activations
+from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4, tuning
+from kernels_pallas.w4a16_decode import (
+    MOST_ROWS,
+    Tiling,
+    default_tiling,
+    padded_rows,
+    tilings,
+    w4a16_decode,
+)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A kernel and what the bench has to know of it.
+
+    Attributes:
+      op: the product that it computes, as rows call it.
+      kernel: its name in tables of tilings.
+      formats: of weights.
+      rate: the ceiling that bounds its arithmetic, a key of `kernel_timing.ceilings`.
+      supports: whether it takes M rows.
+      weight: (key, format, N, K) -> a random packed weight, a pytree with `shape`.
+      activations: (M, K) -> random activations, an array or a pytree of them.
+      run: (activations, weight, tiling, processors) -> the product.
+      tiling: dataclass of integers.
+      default: (M, weight, processors) -> tiling, None if there is none that fits.
+      candidates: (M, weight) -> every tiling worth trying.
+    """
+
+    op: str
+    kernel: str
+    formats: tuple[str, ...]
+    rate: str
+    supports: Callable[[int], bool]
+    weight: Callable[[jax.Array, str, int, int], Any]
+    activations: Callable[[int, int], Any]
+    run: Callable[[Any, Any, Any, int], jax.Array]
+    tiling: Callable[..., Any]
+    default: Callable[[int, Any, int], Any]
+    candidates: Callable[[int, Any], Iterable[Any]]
+
+    def with_tiling(self, tiling: Any, processors: int) -> Callable[[Any, Any], jax.Array]:
+        """(activations, weight) -> the product."""
+        return lambda x, weight: self.run(x, weight, tiling, processors)
+
+    def best_known(self, m: int, kind: str, weight: Any, processors: int, device: str) -> Any:
+        """The tiling in a table of tilings, else the default; None if there is neither."""
+        n, k = weight.shape
+        found = tuning.find(self.tiling, self.kernel, kind, m, n, k, device)
+        return found or self.default(m, weight, processors)
+
+
+def nearest(tiling: Any, candidates: Iterable[Any], count: int | None) -> list[Any]:
+    """A tiling and others of its kind, those first that differ from it by the fewest doublings.
+
+    Args:
+      tiling: comes first.
+      candidates: dataclasses of integers.
+      count: how many at most; None for all.
+    """
+
+    def distance(other: Any) -> float:
+        pairs = zip(asdict(tiling).values(), asdict(other).values(), strict=True)
+        return sum(abs(math.log2(1 + a) - math.log2(1 + b)) for a, b in pairs)
+
+    unique = dict.fromkeys(other for other in candidates if other != tiling)
+    return [tiling, *sorted(unique, key=distance)][:count]
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def four_bit(key: jax.Array, kind: str, n: int, k: int) -> FourBit:
+    """A random 4-bit weight standing for [N, K]."""
+    first, second = jax.random.split(key)
+    codes = jax.random.randint(first, (n, k), 0, 16)
+    if kind == "int4":
+        return pack_int4(codes - 8, jax.random.uniform(second, (n, k // 128)))
+    if kind == "nvfp4":
+        scales = jax.random.uniform(second, (n, k // 16), maxval=448.0)
+        return pack_nvfp4(codes, scales.astype(jnp.float8_e4m3fn), jnp.float32(0.01))
+    return pack_mxfp4(codes, jax.random.randint(second, (n, k // 32), -8, 8))
+
+
+def _sizes(m: int, weight: FourBit) -> tuple[int, int, int]:
+    tiles, words = weight.codes.shape
+    return padded_rows(m), tiles, words // 2
+
+
+def _decode_candidates(m: int, weight: FourBit) -> Iterator[Tiling]:
+    rows, tiles, columns = _sizes(m, weight)
+    for tiling, depth in itertools.product(tilings(rows, tiles, columns), (2, 4, 8)):
+        yield replace(tiling, depth=depth)
+
+
+_W4A16_DECODE = Operation(
+    op="w4a16",
+    kernel="w4a16_decode",
+    formats=("int4", "nvfp4", "mxfp4"),
+    rate="bf16_tflops",
+    supports=lambda m: 0 < m <= MOST_ROWS,
+    weight=four_bit,
+    activations=activations,
+    run=lambda x, weight, tiling, processors: w4a16_decode(
+        x, weight, tiling, processors=processors
+    ),
+    tiling=Tiling,
+    default=lambda m, weight, processors: default_tiling(*_sizes(m, weight), processors),
+    candidates=_decode_candidates,
+)
+
+OPERATIONS = (_W4A16_DECODE,)

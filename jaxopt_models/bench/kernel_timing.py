@@ -1,0 +1,104 @@
+"""Time on a GPU: of a product over rotating weights, and the fastest that the device can do.
+
+Weights rotate through copies larger than the L2 cache together, so that each is read from memory.
+Times are those of the kernels alone, as the GPU's profiler (CUPTI) counts them.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+L2 = 50 * 2**20
+_READ = 2**31  # bytes read to find out how fast memory can be read
+_LARGE = 8192  # rows and columns of the products whose rate is the ceiling
+_RATES = {"bf16_tflops": jnp.bfloat16, "fp8_tflops": jnp.float8_e4m3fn, "int8_tops": jnp.int8}
+
+
+def microseconds[W](
+    run: Callable[[jax.Array, W], Any], x: jax.Array, weights: Sequence[W]
+) -> float:
+    """Mean time of `run(x, weight)` on the GPU over the weights, the median of five rounds.
+
+    Args:
+      run: jitted, so that it is lowered once for all weights.
+      x: its first argument.
+      weights: its second ones, read one after another.
+    """
+    from jax.experimental.mosaic.gpu import profiler  # needs CUPTI, so only here
+
+    def once(x: jax.Array, weights: Sequence[W]) -> list[Any]:
+        return [run(x, weight) for weight in weights]
+
+    _, times = profiler.measure(jax.jit(once), iterations=5)(x, weights)
+    assert times is not None  # the profiler saw kernels
+    return statistics.median(times) * 1e3 / len(weights)
+
+
+def copies(size: int) -> int:
+    """How many weights of `size` bytes have to rotate."""
+    return max(2, math.ceil(4 * L2 / size))
+
+
+def ceilings(say: Callable[[str], None]) -> dict[str, float]:
+    """What XLA's own kernels reach on this device.
+
+    Args:
+      say: is told of a type whose product fails.
+
+    Returns:
+      `read_tb_s`, 10^12 bytes a second, of the largest entry of a large array; `bf16_tflops`,
+      `fp8_tflops` and `int8_tops`, 10^12 operations a second, of products of 8192^3, both operands
+      contiguous along the contraction; without the types that fail.
+    """
+    found = {"read_tb_s": _reading()}
+    for name, dtype in _RATES.items():
+        try:
+            found[name] = _rate(dtype)
+        except Exception as error:  # the others' rates are worth having
+            say(f"{name} was not measured: {type(error).__name__}: {error}")
+    return found
+
+
+def _reading() -> float:
+    data = jax.random.normal(jax.random.key(0), (_READ // 4,), jnp.float32)
+    largest = jax.jit(lambda least, array: jnp.maximum(least, jnp.max(array)))
+    return _READ / microseconds(largest, jnp.float32(0), [data]) / 1e6
+
+
+def _rate(dtype: Any) -> float:
+    integral = jnp.issubdtype(dtype, jnp.integer)
+
+    @jax.jit
+    def make(key: jax.Array) -> jax.Array:
+        values = jax.random.normal(key, (_LARGE, _LARGE), jnp.float32)
+        return (values * 40 if integral else values).astype(dtype)
+
+    @jax.jit
+    def product(x: jax.Array, weight: jax.Array) -> jax.Array:
+        out = jnp.int32 if integral else jnp.bfloat16
+        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=out)
+
+    x, weight = map(make, jax.random.split(jax.random.key(0)))
+    return 2 * _LARGE**3 / microseconds(product, x, [weight]) / 1e6
+
+
+class Dense:
+    """Products with a random bfloat16 weight [N, K] by XLA."""
+
+    def __init__(self, n: int, k: int) -> None:
+        keys = jax.random.split(jax.random.key(0), copies(2 * n * k))
+        self.weights = [jax.random.normal(key, (n, k), jnp.bfloat16) for key in keys]
+
+    def microseconds(self, m: int) -> float:
+        x = activations(m, self.weights[0].shape[1])
+        return microseconds(jax.jit(lambda x, weight: x @ weight.T), x, self.weights)
+
+
+def activations(m: int, k: int) -> jax.Array:
+    """Random bfloat16 [M, K]."""
+    return jax.random.normal(jax.random.key(m), (m, k), jnp.bfloat16)

@@ -1,0 +1,135 @@
+"""The peers' process: what it is asked, and that its failures cost nothing but its own figures."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxopt_models.bench import kernel_peers
+from jaxopt_models.bench.kernel_peers import Peers
+from jaxopt_models.errors import UserError
+
+# An interpreter that, whatever script it is to run, answers for three peers of which one crashes.
+PYTHON = """#!{python}
+import json, os, sys, time
+def tell(**line): print(json.dumps(line), flush=True)
+assert "PYTHONPATH" not in os.environ and sys.argv[1].endswith("peer_kernels.py")
+print("chatter", file=sys.stderr)
+tell(versions={{"torch": "9"}}, device="a card")
+for line in sys.stdin:
+    problem = json.loads(line)
+    if "ceilings" in problem:
+        tell(start="torch int8")
+        tell(peer="torch int8", m=8192, reason="no kernel")
+        tell(ceilings={{"bf16_tflops": 790.0}})
+    else:
+        for name in ("steady", "crashing", "late"):
+            if name in problem["without"] or problem["only"] and name not in problem["only"]:
+                continue
+            tell(start=name)
+            for m in problem["ms"]:
+                if name == "crashing" and m == 4:
+                    {crash}
+                tell(peer=name, m=m, us=float(m), clock="CUPTI", error=0.1)
+    tell(done=True)
+"""
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+
+    def make(crash: str) -> str:
+        file = tmp_path / "python"
+        file.write_text(PYTHON.format(python=sys.executable, crash=crash))
+        file.chmod(0o755)
+        return str(file)
+
+    return make
+
+
+def test_a_crash_costs_one_peer_one_figure(python):
+    said = []
+    with Peers(
+        python("print('an illegal access', file=sys.stderr); os._exit(3)"), say=said.append
+    ) as peers:
+        figures = peers.time("int4", 64, 512, [1, 4, 8])
+        assert {m: set(found) for m, found in figures.items()} == {
+            m: {"steady", "crashing", "late"} for m in (1, 4, 8)
+        }
+        assert figures[8]["late"] == {"us": 8.0, "clock": "CUPTI", "error": 0.1}
+        assert figures[1]["crashing"]["us"] == 1
+        reason = "its process ended with code 3: an illegal access"
+        assert figures[4]["crashing"] == figures[8]["crashing"] == {"reason": reason}
+        assert peers.about == {"versions": {"torch": "9"}, "device": "a card"}
+        assert peers.skipped is None and said == [f"crashing on int4 64 x 512: {reason}"]
+
+
+def test_a_silent_peer_is_left(python, monkeypatch):
+    monkeypatch.setattr(kernel_peers, "SILENCE", 2.0)
+    with Peers(python("time.sleep(1000)")) as peers:
+        figures = peers.time("int4", 64, 512, [4])
+    assert figures[4]["crashing"] == {"reason": "gave no answer for 2 s"}
+    assert figures[4]["late"]["us"] == 4
+
+
+def test_when_the_time_is_over(python):
+    with Peers(python("time.sleep(1000)"), until=time.monotonic() + 3) as peers:
+        figures = peers.time("int4", 64, 512, [4])
+    assert figures[4]["steady"]["us"] == 4
+    assert "when the time was over" in figures[4]["crashing"]["reason"]
+    assert peers.skipped == "the time is over" and "late" not in figures[4]
+
+
+def test_only_some_peers(python):
+    with Peers(python("pass"), only=["late"]) as peers:
+        assert peers.time("int4", 64, 512, [4]).keys() == {4}
+        assert list(peers.time("int4", 64, 512, [4])[4]) == ["late"]
+
+
+def test_ceilings(python):
+    said = []
+    with Peers(python("pass"), say=said.append) as peers:
+        assert peers.ceilings() == {"bf16_tflops": 790.0}
+        assert peers.time("int4", 64, 512, [1])[1]["steady"]["us"] == 1
+    assert said == ["torch int8, M = 8192: no kernel"]
+
+
+def test_an_interpreter_that_is_none():
+    with Peers("/nowhere/python") as peers, pytest.raises(UserError, match="No such file"):
+        peers.ceilings()
+
+
+def test_a_process_that_ends_at_once(tmp_path):
+    file = tmp_path / "python"
+    file.write_text("#!/bin/sh\necho 'no such module' >&2; exit 1\n")
+    file.chmod(0o755)
+    with Peers(str(file)) as peers:
+        assert peers.ceilings() == {} and peers.time("int4", 64, 512, [1]) == {}
+    assert peers.skipped == "its process ended with code 1: no such module"
+
+
+def test_the_script_says_why_it_cannot(tmp_path):
+    """On an interpreter without torch, or with one that sees no GPU."""
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not for this machine')\n")
+    script = Path(kernel_peers.__file__).with_name("peer_kernels.py")
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={"PYTHONPATH": str(tmp_path)},
+        input='{"ceilings": true}\n',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == {"unusable": "torch is not for this machine"}
+    (tmp_path / "torch.py").write_text(
+        "class cuda:\n    is_available = lambda: False\n__version__ = '9'\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with Peers(sys.executable) as peers:
+            assert peers.ceilings() == {}
+    assert peers.skipped == f"{sys.executable}: torch 9 sees no GPU"
