@@ -80,7 +80,7 @@ class Peers:
                 self._skip(reason)
                 break
             _fill(figures, guilty, ms, reason)
-            self._say(f"{guilty} on {form} {n} x {k}: {reason}")
+            self._say(f"{guilty} on {_name(problem)}: {reason}")
         return figures
 
     def ceilings(self) -> dict[str, float]:
@@ -112,16 +112,16 @@ class Peers:
                 elif "ceilings" in line:
                     figures[0]["ceilings"] = line["ceilings"]
                 elif "peer" in line:
-                    self._take(line, figures, ms)
+                    self._take(line, figures, ms, _name(problem))
         except _Broken as broken:
             self._stop()
             return current, str(broken)
         return None, None
 
-    def _take(self, line: dict[str, Any], figures: Figures, ms: Sequence[int]) -> None:
+    def _take(self, line: dict[str, Any], figures: Figures, ms: Sequence[int], what: str) -> None:
         name, m = line.pop("peer"), line.pop("m")
-        if "reason" in line:
-            self._say(f"{name}{'' if m is None else f', M = {m}'}: {line['reason']}")
+        found = line["reason"] if "reason" in line else f"{line['us']:.1f} us by {line['clock']}"
+        self._say(f"{name} on {what}{'' if m is None else f', M = {m}'}: {found}")
         if m is None:
             _fill(figures, name, ms, line["reason"])
         elif ms:
@@ -209,6 +209,12 @@ def _read(stdout: Any, lines: "queue.SimpleQueue[str | None]") -> None:
         for line in stdout:
             lines.put(line)
     lines.put(None)
+
+
+def _name(problem: dict[str, Any]) -> str:
+    if "ceilings" in problem:
+        return "a ceiling"
+    return f"{problem['format']} {problem['n']} x {problem['k']}"
 
 
 def _fill(figures: Figures, name: str, ms: Sequence[int], reason: str) -> None:

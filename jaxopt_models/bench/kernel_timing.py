@@ -19,9 +19,7 @@ _LARGE = 8192  # rows and columns of the products whose rate is the ceiling
 _RATES = {"bf16_tflops": jnp.bfloat16, "fp8_tflops": jnp.float8_e4m3fn, "int8_tops": jnp.int8}
 
 
-def microseconds[W](
-    run: Callable[[jax.Array, W], Any], x: jax.Array, weights: Sequence[W]
-) -> float:
+def microseconds[X, W](run: Callable[[X, W], Any], x: X, weights: Sequence[W]) -> float:
     """Mean time of `run(x, weight)` on the GPU over the weights, the median of five rounds.
 
     Args:
@@ -31,7 +29,7 @@ def microseconds[W](
     """
     from jax.experimental.mosaic.gpu import profiler  # needs CUPTI, so only here
 
-    def once(x: jax.Array, weights: Sequence[W]) -> list[Any]:
+    def once(x: X, weights: Sequence[W]) -> list[Any]:
         return [run(x, weight) for weight in weights]
 
     _, times = profiler.measure(jax.jit(once), iterations=5)(x, weights)

@@ -227,8 +227,10 @@ def _fastest(
         count = None if run.tuning.exhaustive else _CANDIDATES
         candidates = nearest(known, operation.candidates(m, weights[0]), count)
     timed: list[tuple[float, Any]] = []
-    for tiling in candidates:
-        if timed and run.until is not None and time.monotonic() > run.until:
+    begun = time.monotonic()
+    for tried, tiling in enumerate(candidates):
+        each = (time.monotonic() - begun) / max(tried, 1)
+        if timed and run.until is not None and time.monotonic() + each > run.until:
             break
         product = operation.with_tiling(tiling, run.processors)
         try:

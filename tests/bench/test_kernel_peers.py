@@ -1,16 +1,20 @@
 """The peers' process: what it is asked, and that its failures cost nothing but its own figures."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jaxopt_models.bench import kernel_peers
 from jaxopt_models.bench.kernel_peers import Peers
 from jaxopt_models.errors import UserError
+
+SCRIPT = Path(kernel_peers.__file__).with_name("peer_kernels.py")
 
 # An interpreter that, whatever script it is to run, answers for three peers of which one crashes.
 PYTHON = """#!{python}
@@ -65,7 +69,8 @@ def test_a_crash_costs_one_peer_one_figure(python):
         reason = "its process ended with code 3: an illegal access"
         assert figures[4]["crashing"] == figures[8]["crashing"] == {"reason": reason}
         assert peers.about == {"versions": {"torch": "9"}, "device": "a card"}
-        assert peers.skipped is None and said == [f"crashing on int4 64 x 512: {reason}"]
+        assert peers.skipped is None and f"crashing on int4 64 x 512: {reason}" in said
+        assert said[0] == "steady on int4 64 x 512, M = 1: 1.0 us by CUPTI"
 
 
 def test_a_silent_peer_is_left(python, monkeypatch):
@@ -95,7 +100,7 @@ def test_ceilings(python):
     with Peers(python("pass"), say=said.append) as peers:
         assert peers.ceilings() == {"bf16_tflops": 790.0}
         assert peers.time("int4", 64, 512, [1])[1]["steady"]["us"] == 1
-    assert said == ["torch int8, M = 8192: no kernel"]
+    assert said[0] == "torch int8 on a ceiling, M = 8192: no kernel"
 
 
 def test_an_interpreter_that_is_none():
@@ -112,12 +117,33 @@ def test_a_process_that_ends_at_once(tmp_path):
     assert peers.skipped == "its process ended with code 1: no such module"
 
 
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ([1.0, 2.0] * 4 + [50.0, 60.0], (3.0, "CUPTI")),
+        ([1.0] * 11, (2.2, "CUPTI, mean")),
+        ([], (7.0, "CUDA graph")),
+    ],
+)
+def test_by_which_clock(monkeypatch, times, expected):
+    """Five rounds of what the profiler saw: their median, their mean, or another clock."""
+    spec = importlib.util.spec_from_file_location("peer_kernels", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    torch = SimpleNamespace(cuda=SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(script, "_kernels", lambda once: times)
+    monkeypatch.setattr(script, "_graph_microseconds", lambda once: 7.0)
+    us, clock = script.microseconds(lambda: None)
+    assert (pytest.approx(us), clock) == expected
+
+
 def test_the_script_says_why_it_cannot(tmp_path):
     """On an interpreter without torch, or with one that sees no GPU."""
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not for this machine')\n")
-    script = Path(kernel_peers.__file__).with_name("peer_kernels.py")
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(SCRIPT)],
         env={"PYTHONPATH": str(tmp_path)},
         input='{"ceilings": true}\n',
         capture_output=True,
