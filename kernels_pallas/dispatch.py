@@ -1,22 +1,32 @@
 """Which implementation a product takes: a kernel where there is one for it, else XLA's.
 
-There is one on Hopper (compute capability 9.0), for 1 to 16 rows of bfloat16.
+There are kernels for Hopper (compute capability 9.0) and bfloat16: `w4a16_decode` to 16 rows,
+`w4a16_wide` for more.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels_pallas import reference
+from kernels_pallas import reference, tuning
+from kernels_pallas.decode_tiling import MOST_ROWS, Tiling, default_tiling, padded_rows
 from kernels_pallas.four_bit import FourBit
-from kernels_pallas.w4a16_decode import MOST_ROWS, default_tiling, padded_rows, w4a16_decode
+from kernels_pallas.partition import partitioned
+from kernels_pallas.w4a16_decode import w4a16_decode
+from kernels_pallas.w4a16_wide import w4a16_wide
+from kernels_pallas.wide_tiling import WideTiling, default_wide_tiling
 
 
 def w4a16(x: jax.Array, weight: FourBit) -> jax.Array:
     """`x @ weight.T` with a 4-bit weight. Gradients reach `x`, through the weight's values.
+
+    Works under `vmap`, which adds to the rows, and on sharded arrays: a weight split along N gives
+    a product split along N, one split along K partial sums, which are added (`partition`).
 
     Args:
       x: [..., K], any number of rows.
@@ -36,11 +46,7 @@ def w4a16(x: jax.Array, weight: FourBit) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x: jax.Array, weight: FourBit) -> jax.Array:
-    processors = hopper_processors()
-    if processors is None or not _has_kernel(x, weight, processors):
-        return reference.w4a16(x, weight)
-    kernel = partial(w4a16_decode, processors=processors)
-    return lax.platform_dependent(x, weight, cuda=kernel, default=reference.w4a16)
+    return _batched(x, weight)
 
 
 def _forward(x: jax.Array, weight: FourBit) -> tuple[jax.Array, FourBit]:
@@ -61,11 +67,64 @@ def _backward(weight: FourBit, gradient: jax.Array) -> tuple[jax.Array, FourBit]
 _product.defvjp(_forward, _backward)
 
 
-def _has_kernel(x: jax.Array, weight: FourBit, processors: int) -> bool:
-    if x.dtype != jnp.bfloat16 or not 0 < len(x) <= MOST_ROWS:
-        return False
+@jax.custom_batching.custom_vmap
+def _batched(x: jax.Array, weight: FourBit) -> jax.Array:
+    return partitioned(_local, x, weight)
+
+
+@_batched.def_vmap
+def _of_batch(size: int, batched: Any, x: jax.Array, weight: FourBit) -> tuple[jax.Array, bool]:
+    """Rows of all examples at once, unless each has a weight of its own."""
+    of_x, of_weight = batched
+    if not any(jax.tree.leaves(of_weight)):
+        return _batched(x.reshape(-1, x.shape[-1]), weight).reshape(size, x.shape[1], -1), True
+
+    def example(i: jax.Array) -> jax.Array:
+        own = jax.tree.map(lambda leaf, has: leaf[i] if has else leaf, weight, of_weight)
+        return _batched(x[i] if of_x else x, own)
+
+    return lax.map(example, jnp.arange(size)), True
+
+
+def _local(x: jax.Array, weight: FourBit) -> jax.Array:
+    """The product on one device."""
+    kernel = _kernel_for(x, weight)
+    if kernel is None:
+        return reference.w4a16(x, weight)
+    return lax.platform_dependent(x, weight, cuda=kernel, default=reference.w4a16)
+
+
+def _kernel_for(x: jax.Array, weight: FourBit) -> Callable[[jax.Array, FourBit], jax.Array] | None:
+    processors = hopper_processors()
+    if processors is None or x.dtype != jnp.bfloat16 or len(x) == 0:
+        return None
     tiles, words = weight.codes.shape
-    return default_tiling(padded_rows(len(x)), tiles, words // 2, processors) is not None
+    columns = words // 2
+    if len(x) <= MOST_ROWS:
+        sizes = padded_rows(len(x)), tiles, columns
+        tiling = _tuned(Tiling, "w4a16_decode", x, weight, sizes)
+        tiling = tiling or default_tiling(*sizes, processors)
+        if tiling is not None:
+            return partial(w4a16_decode, tiling=tiling, processors=processors)
+    tiling = _tuned(WideTiling, "w4a16_wide", x, weight, (tiles, columns))
+    tiling = tiling or default_wide_tiling(len(x), tiles, columns, processors)
+    return tiling and partial(w4a16_wide, tiling=tiling, processors=processors)
+
+
+def _tuned(
+    kind: Callable[..., Any], operation: str, x: jax.Array, weight: FourBit, sizes: tuple[int, ...]
+) -> Any:
+    """The tiling in a table, None if there is none."""
+
+    def make(**fields: int) -> Any:
+        tiling = kind(**fields)
+        if not tiling.fits(*sizes):
+            raise ValueError("it does not fit")
+        return tiling
+
+    n, k = weight.shape
+    name = jax.devices()[0].device_kind
+    return tuning.find(make, operation, weight.kind, len(x), n, k, name)
 
 
 def hopper_processors() -> int | None:

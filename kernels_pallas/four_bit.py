@@ -35,6 +35,7 @@ from jax import lax
 Kind = Literal["int4", "nvfp4", "mxfp4"]
 
 ROWS = 16  # of a unit
+BLOCK_ROWS = 64  # that four warps take together; N is padded to a multiple
 STEP = 512  # columns that four warps take at a time; K is padded to a multiple
 WORDS_A_GROUP = 256  # codes of 16 rows x 128 columns
 SCALE_WORDS = {"int4": 8, "nvfp4": 32, "mxfp4": 16}  # scales of the same
@@ -63,9 +64,10 @@ class FourBit:
     """A 4-bit weight in fragment order.
 
     Attributes:
-      codes: int32 [N' / 16, 2 K'], N' and K' the shape padded to multiples of 16 and 512.
+      codes: int32 [N' / 16, 2 K'], N' and K' the shape padded to multiples of 64 and 512.
       scales: int32 [N' / 16, K' / 128 · words], see `SCALE_WORDS`.
-      factor: float32 [], what the kernel's sums are multiplied by; 1 for INT4.
+      factor: float32 [N' / 16], what a kernel's sums are multiplied by, for each 16 rows; 1 for
+        INT4.
       kind: format; static.
       shape: (N, K); static.
     """
@@ -79,7 +81,8 @@ class FourBit:
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K], exact."""
         values = values_of(self.codes, self.scales, self.kind)
-        return values[: self.shape[0], : self.shape[1]] * self.factor
+        values = values * jnp.repeat(self.factor, ROWS)[:, None]
+        return values[: self.shape[0], : self.shape[1]]
 
 
 def pack_int4(codes: jax.Array, scales: jax.Array) -> FourBit:
@@ -101,7 +104,7 @@ def pack_int4(codes: jax.Array, scales: jax.Array) -> FourBit:
     return FourBit(
         codes=_signed(_packed_codes(nibbles, "int4")),
         scales=_signed(words.reshape(len(words), -1)),
-        factor=jnp.float32(1),
+        factor=jnp.ones(len(words), jnp.float32),
         kind="int4",
         shape=_shape(codes),
     )
@@ -119,17 +122,19 @@ def pack_nvfp4(codes: jax.Array, scales: jax.Array, tensor_scale: jax.Array) -> 
       ValueError: for shapes that do not fit.
     """
     _check(codes, scales, 16)
-    values = scales.astype(jnp.float32)
+    # Behind a barrier, since XLA would drop a rounding to E4M3 that comes just before.
+    values = lax.optimization_barrier(scales).astype(jnp.float32)
     bits = lax.bitcast_convert_type(values, jnp.uint32)
     # The upper bits of float32 are exponent and mantissa; zero has neither.
     exponents = (bits >> 20).astype(jnp.int32) - ((127 - NVFP4_BIAS) << 3)
     zero = values == 0
     scale_bytes = jnp.where(zero, 0, exponents).astype(jnp.uint32)
     nibbles = jnp.where(jnp.repeat(zero, 16, axis=1), 0, codes).astype(jnp.uint32)
+    words = _scale_words(_padded(scale_bytes, STEP // 16), 16)
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "nvfp4")),
-        scales=_signed(_scale_words(_padded(scale_bytes, STEP // 16), 16)),
-        factor=tensor_scale.astype(jnp.float32) * 2.0**-NVFP4_SHIFT,
+        scales=_signed(words),
+        factor=jnp.full(len(words), tensor_scale * 2.0**-NVFP4_SHIFT, jnp.float32),
         kind="nvfp4",
         shape=_shape(codes),
     )
@@ -152,12 +157,13 @@ def pack_mxfp4(codes: jax.Array, exponents: jax.Array) -> FourBit:
     largest = jnp.max(exponents)
     scale_bytes = exponents.astype(jnp.int32) - largest + MXFP4_TOP
     lost = scale_bytes < _MXFP4_LEAST
+    factor = jnp.ldexp(jnp.float32(1), largest - MXFP4_SHIFT)
     nibbles = jnp.where(jnp.repeat(lost, 32, axis=1), 0, codes).astype(jnp.uint32)
     scale_bytes = _padded(jnp.maximum(scale_bytes, _MXFP4_LEAST).astype(jnp.uint32), STEP // 32)
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "mxfp4")),
         scales=_signed(_scale_words(scale_bytes, 32)),
-        factor=jnp.ldexp(jnp.float32(1), largest - MXFP4_SHIFT),
+        factor=jnp.full(len(scale_bytes) // ROWS, factor),
         kind="mxfp4",
         shape=_shape(codes),
     )
@@ -253,8 +259,8 @@ def _scale_bytes(words: jax.Array, block: int) -> jax.Array:
 
 
 def _padded(array: jax.Array, columns: int, value: int = 0) -> jax.Array:
-    """Rows to a multiple of 16 and columns to one of `columns`."""
-    pads = ((0, -array.shape[0] % ROWS), (0, -array.shape[1] % columns))
+    """Rows to a multiple of 64 and columns to one of `columns`."""
+    pads = ((0, -array.shape[0] % BLOCK_ROWS), (0, -array.shape[1] % columns))
     return jnp.pad(array, pads, constant_values=value)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -23,20 +22,12 @@ from jaxlib.mlir.dialects import arith
 from kernels_pallas import instructions as ptx
 from kernels_pallas.four_bit import (
     E2M1_BLOCK,
-    MXFP4_SHIFT,
-    MXFP4_TOP,
-    NVFP4_BIAS,
-    NVFP4_SHIFT,
     SCALE_WORDS,
     WORDS_A_GROUP,
     Kind,
     values_of,
 )
-
-# Added to a scale's bits, moved up, to make it a bfloat16: in half words, exponents of
-# 2^(126 + shift) more, since codes are read as 2^-126 times their value.
-_NVFP4_ADD = (127 + 126 + NVFP4_SHIFT - NVFP4_BIAS) << 7
-assert MXFP4_TOP == 127 + 126 + MXFP4_SHIFT  # so that MXFP4 has nothing to add
+from kernels_pallas.registers import array, layout
 
 
 @dataclass(frozen=True)
@@ -56,36 +47,36 @@ class Fragments:
     @property
     def codes(self) -> Any:
         """int32 [1024]: two units of four words for each lane."""
-        return _layout(((1024,), (WORDS_A_GROUP,), (128,), (4,)), (-4,), (-2,))
+        return layout(((1024,), (WORDS_A_GROUP,), (128,), (4,)), (-4,), (-2,))
 
     @property
     def scales(self) -> Any:
         """int32: INT4 [32], two words by output columns; else two or four, of the lane's rows."""
         if self.kind == "int4":
-            return _layout(((32,), (8,), (2,)), (-3,), (plgpu.Replicated(8), -2))
+            return layout(((32,), (8,), (2,)), (-3,), (plgpu.Replicated(8), -2))
         words = SCALE_WORDS[self.kind]
-        return _layout(((4 * words,), (words,), (words // 8,)), (-3,), (-2, plgpu.Replicated(4)))
+        return layout(((4 * words,), (words,), (words // 8,)), (-3,), (-2, plgpu.Replicated(4)))
 
     @property
     def activations(self) -> Any:
         """bfloat16 [4, rows, 128]: two columns of each 8 for each lane."""
-        return _layout(((4, 8, 8), (2,)), (-4,), (-3, -2))
+        return layout(((4, 8, 8), (2,)), (-4,), (-3, -2))
 
     @property
     def sums(self) -> Any:
         """float32 [rows, 64]: 16 columns for each warp."""
-        return _layout(((8, 64), (8, 16), (8, 8), (2,)), (-6,), (-3, -2))
+        return layout(((8, 64), (8, 16), (8, 8), (2,)), (-6,), (-3, -2))
 
     @property
     def outputs(self) -> Any:
         """[rows, 16], two in a row for each lane, the same in two pairs of warps."""
-        return _layout(((8, 16), (4, 16), (2,)), (plgpu.Replicated(2), -5), (-3, -2))
+        return layout(((8, 16), (4, 16), (2,)), (plgpu.Replicated(2), -5), (-3, -2))
 
     def load(self, ref: Any, layout: Any) -> jax.Array:
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout, optimized=False)
 
-    def store(self, ref: Any, value: jax.Array, stride: int) -> None:
-        """Writes `outputs` to global memory [rows, 16], rows `stride` entries apart.
+    def store(self, ref: Any, value: jax.Array, rows: int, stride: int) -> None:
+        """Writes the first rows of `outputs` to global memory [rows, 16], `stride` entries apart.
 
         By hand, since Mosaic GPU refuses stores that leave a cache line incomplete.
         """
@@ -108,7 +99,8 @@ class Fragments:
                 place = ptx.times(ptx.plus(first, ptx.i32(8 * block * stride)), itemsize)
                 address = arith.addi(base, arith.extui(ptx.i64(), place))
                 words = ptx.parts(ptx.as_words(pair, itemsize // 2), itemsize // 2)
-                ptx.store_words(address, words, copy)
+                outside = ptx.at_least(ptx.plus(row, ptx.i32(8 * block)), rows)
+                ptx.store_words(address, words, arith.ori(copy, outside))
 
         store(ref, value)  # pyright: ignore[reportCallIssue]: the context is inserted
 
@@ -143,7 +135,7 @@ class Fragments:
         return _from_global(ref, self.scales, (4 * size,), words)
 
     def multiply(
-        self, sums: jax.Array, codes: jax.Array, activations: jax.Array, scales: jax.Array
+        self, sums: jax.Array, codes: jax.Array, scales: jax.Array, activations: jax.Array
     ) -> jax.Array:
         """sums + activations · weightᵀ: the step of a warpgroup.
 
@@ -157,10 +149,10 @@ class Fragments:
             return sums + product.reshape(self.rows, 64)
 
         @plgpu.inline_mgpu(
-            arg_types=(self.sums, self.codes, self.activations, self.scales),
+            arg_types=(self.sums, self.codes, self.scales, self.activations),
             return_type=plgpu.ShapeDtypeStruct((self.rows, 64), jnp.float32, self.sums),
         )
-        def multiply(_, sums, codes, activations, scales):
+        def multiply(_, sums, codes, scales, activations):
             before = sums.registers.reshape(self.rows // 8, 2)
             before = {index: ptx.parts(value, 2) for index, value in np.ndenumerate(before)}
             scale_words = ptx.parts(scales.registers.reshape(1)[0], self._words_a_lane)
@@ -169,9 +161,9 @@ class Fragments:
                 before, words, self._activation_words(activations), scale_words
             )
             registers = [ptx.packed(after[index], ir.F32Type.get()) for index in sorted(after)]
-            return _array(registers, self.sums, (self.rows, 64))
+            return array(registers, self.sums, (self.rows, 64))
 
-        return multiply(sums, codes, activations, scales)  # pyright: ignore[reportCallIssue]
+        return multiply(sums, codes, scales, activations)  # pyright: ignore[reportCallIssue]
 
     @property
     def _words_a_lane(self) -> int:
@@ -197,7 +189,7 @@ class Fragments:
                 weight = ptx.int4_registers(word)
             else:
                 block = step * 16 // E2M1_BLOCK[self.kind]
-                factors = self._scale_pair(scale_words[block // 2], block % 2)
+                factors = ptx.scale_pair(self.kind, scale_words[block // 2], block % 2)
                 weight = ptx.e2m1_registers(word, factors)
             low, high = ([x[m][2 * step + pair] for m in groups] for pair in (0, 1))
             if self.rows == 8:
@@ -216,16 +208,6 @@ class Fragments:
             for m, n in after
         }
 
-    def _scale_pair(self, word, block: int) -> Any:
-        """Scales of a lane's two rows as two bfloat16, times 2^(126 + shift)."""
-        up, add = (16, _NVFP4_ADD) if self.kind == "nvfp4" else (128, 0)
-        first = 2 * block
-        apart = f"0x4{first + 1}4{first}"  # a byte into each half word, zeros above
-        return ptx.asm(
-            f"{{ .reg .b32 u; prmt.b32 u,$1,0,{apart}; mad.lo.u32 $0,u,{up},{add | add << 16}; }}",
-            [word],
-        )
-
 
 def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> jax.Array:
     """An int32 array of what each lane loads: `words(warp, lane)` gives its registers.
@@ -240,18 +222,6 @@ def _from_global(ref: Any, layout: Any, shape: tuple[int, ...], words: Any) -> j
     def load(_, ref):
         base, warp, lane = ptx.base_and_lane(ref)
         registers = [ptx.packed(values, ptx.i32_type()) for values in words(base, warp, lane)]
-        return _array(registers, layout, shape, is_signed=True)
+        return array(registers, layout, shape, signed=True)
 
     return load(ref)  # pyright: ignore[reportCallIssue]: the context is inserted
-
-
-def _layout(tiling, warps, lanes) -> Any:
-    tiled = mgpu.TiledLayout(plgpu.Tiling(tiling), warps, lanes, -1, _check_canonical=False)
-    tiled = tiled.canonicalize()
-    return plgpu.Layout.TILED(tiled.tiling, tiled.warp_dims, tiled.lane_dims, tiled.vector_dim)
-
-
-def _array(registers: list[Any], layout: Any, shape: tuple[int, ...], is_signed=None) -> Any:
-    own = layout.to_mgpu()
-    shaped = np.array(registers, dtype=object).reshape(own.registers_shape(shape))
-    return mgpu.FragmentedArray(_registers=shaped, _layout=own, _is_signed=is_signed)

@@ -9,9 +9,21 @@ from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-from kernels_pallas.four_bit import ROTATIONS
+from kernels_pallas.four_bit import (
+    MXFP4_SHIFT,
+    MXFP4_TOP,
+    NVFP4_BIAS,
+    NVFP4_SHIFT,
+    ROTATIONS,
+    Kind,
+)
 
 _PLACE = 0x81C081C0  # sign, exponent and mantissa of E2M1 in two bfloat16
+
+# Added to a scale's bits, moved up, to make it a bfloat16: in half words, exponents of
+# 2^(126 + shift) more, since codes are read as 2^-126 times their value.
+_NVFP4_ADD = (127 + 126 + NVFP4_SHIFT - NVFP4_BIAS) << 7
+assert MXFP4_TOP == 127 + 126 + MXFP4_SHIFT  # so that MXFP4 has nothing to add
 
 
 def int4_registers(word) -> list[Any]:
@@ -50,6 +62,15 @@ def scaled(registers: list[Any], factors) -> list[Any]:
         asm(text % (half, half), [value, factors], "=r,r,r")
         for value, half in zip(registers, halves, strict=True)
     ]
+
+
+def scale_pair(kind: Kind, word: Any, block: int) -> Any:
+    """Scales of a lane's two rows as two bfloat16, times 2^(126 + shift)."""
+    up, add = (16, _NVFP4_ADD) if kind == "nvfp4" else (128, 0)
+    first = 2 * block
+    apart = f"0x4{first + 1}4{first}"  # a byte into each half word, zeros above
+    text = f"{{ .reg .b32 u; prmt.b32 u,$1,0,{apart}; mad.lo.u32 $0,u,{up},{add | add << 16}; }}"
+    return asm(text, [word])
 
 
 def mma(sums, x, weight) -> list[Any]:
@@ -157,6 +178,12 @@ def plus(left: Any, right: Any) -> Any:
     return arith.addi(left, right)
 
 
+def at_least(value: Any, bound: int) -> Any:
+    """1 or 0."""
+    found = arith.cmpi(arith.CmpIPredicate.uge, value, i32(bound))
+    return arith.extui(i32_type(), found)
+
+
 def i32(value: int) -> Any:
     """A constant word."""
     signed = value - (1 << 32) if value >= 1 << 31 else value
@@ -165,6 +192,10 @@ def i32(value: int) -> Any:
 
 def i32_type() -> ir.Type:
     return ir.IntegerType.get_signless(32)
+
+
+def f32_type() -> ir.Type:
+    return ir.F32Type.get()
 
 
 def i64() -> ir.Type:

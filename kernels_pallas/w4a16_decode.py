@@ -5,14 +5,14 @@ steps ahead, in the order in which it multiplies (`four_bit`); there is no stagi
 nothing to wait for but the loads themselves. The few activations stay in shared memory.
 
 A CTA holds `wn · wk` warpgroups: `wn` tiles of 16 weight rows, and for each `wk` parts of K. It
-walks over every (number of CTAs)-th group of tiles, and adds the parts in shared memory, in a fixed
-order. With `split` > 1 CTAs share K as well, and the sum over them is left to XLA.
+walks over every (number of CTAs)-th group of tiles. The parts of a tile are added in shared memory,
+in a fixed order, by one of its warpgroups, each in its turn, while the others go on. With
+`split` > 1 CTAs share K as well, and the sum over them is left to XLA.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,80 +20,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.decode_tiling import MOST_ROWS, PADDED, Tiling, default_tiling, padded_rows
 from kernels_pallas.four_bit import ROWS, SCALE_WORDS, STEP, FourBit, Kind
 from kernels_pallas.fragments import Fragments
-
-MOST_ROWS = 16
-_SHARED_MEMORY = 232448  # bytes of one CTA on Hopper
-_PADDED = 72  # 64 sums and 8 that keep rows in different banks
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How the work is cut; see the module.
-
-    Attributes:
-      wn: warpgroups side by side along N.
-      wk: warpgroups that share K.
-      split: CTAs that share K.
-      depth: steps that are loaded ahead of their use, at most those of a tile.
-    """
-
-    wn: int
-    wk: int
-    split: int = 1
-    depth: int = 4
-
-    def steps(self, columns: int) -> int:
-        """Steps of a warpgroup for each tile."""
-        return columns // STEP // (self.split * self.wk)
-
-    def shared_memory(self, rows: int, columns: int) -> int:
-        activations = rows * columns // self.split * 2
-        return activations + 2 * self.wn * self.wk * rows * _PADDED * 4 + 1024
-
-    def fits(self, rows: int, tiles: int, columns: int) -> bool:
-        parts = self.split * self.wk
-        even = tiles % self.wn == 0 and columns // STEP % parts == 0
-        return even and self.shared_memory(rows, columns) <= _SHARED_MEMORY
-
-
-def tilings(rows: int, tiles: int, columns: int) -> Iterator[Tiling]:
-    """Those worth trying, for activations [rows, columns] and `tiles` of 16 weight rows."""
-    for split in (1, 2, 4, 7, 8, 14, 16, 28):
-        for wn, wk in ((2, 2), (1, 4), (4, 1), (2, 1), (1, 2), (1, 1), (2, 4), (4, 2), (1, 8)):
-            tiling = Tiling(wn, wk, split)
-            if tiling.fits(rows, tiles, columns):
-                yield tiling
-
-
-def padded_rows(rows: int) -> int:
-    """Rows of activations that the kernel works on."""
-    return 8 if rows <= 8 else MOST_ROWS
-
-
-def default_tiling(rows: int, tiles: int, columns: int, processors: int) -> Tiling | None:
-    """The tiling whose busiest processor has least to do.
-
-    Estimated in bytes: the weights that it reads, the activations that it keeps, what its
-    warpgroups add at the end of each tile, and partial sums of a split K. A processor with fewer
-    than four warpgroups does not have enough loads under way. None if nothing fits: K is too long
-    for shared memory, and has no suitable factor.
-    """
-
-    def cost(tiling: Tiling) -> float:
-        groups = tiles // tiling.wn
-        rounds = math.ceil(groups / max(1, min(processors // tiling.split, groups)))
-        part = columns // tiling.split
-        weights = rounds * tiling.wn * ROWS * part // 2
-        adding = rounds * 4096 * tiling.wk
-        partial_sums = 0.0
-        if tiling.split > 1:  # and another kernel to add them
-            partial_sums = 65536 + 8 * tiling.split * rows * ROWS * tiles / processors
-        idle = 4 / min(4, tiling.wn * tiling.wk)
-        return weights * idle + rows * part * 2 + adding + partial_sums
-
-    return min(tilings(rows, tiles, columns), key=cost, default=None)
+from kernels_pallas.registers import rounded
 
 
 @partial(jax.jit, static_argnames=("tiling", "processors", "interpret"))
@@ -125,125 +55,215 @@ def w4a16_decode(
     if not 0 < x.shape[0] <= MOST_ROWS:
         raise ValueError(f"x has {x.shape[0]} rows; this kernel takes 1 to {MOST_ROWS}")
     tiles, words = weight.codes.shape
-    rows, columns = padded_rows(x.shape[0]), words // 2
-    padded = jnp.pad(x, ((0, rows - x.shape[0]), (0, columns - x.shape[1])))
+    rows, columns = padded_rows(len(x)), words // 2
     tiling = tiling or default_tiling(rows, tiles, columns, processors)
     if tiling is None or not tiling.fits(rows, tiles, columns):
         raise ValueError(f"{tiling or 'no tiling'} fits {tiles} x 16 rows, {columns} columns")
-    run = _kernel(rows, tiles, columns, weight.kind, tiling, processors, interpret)
-    sums = run(padded, weight.codes, weight.scales, weight.factor[None])
+    (m, k), n = x.shape, weight.shape[0]
+    # The hardware reads zeros outside of x, and rows of no use are not written.
+    height, width = (rows, columns) if interpret else (rounded(m, 8), rounded(k, 64))
+    x = jnp.pad(x, ((0, height - m), (0, width - k)))
+    plan = _Plan(
+        rows, rows if interpret else m, tiles, columns, weight.kind, tiling, processors, interpret
+    )
+    sums = _kernel(plan)(x, weight.codes, weight.scales, weight.factor)
     out = sums[0] if tiling.split == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
-    return out[: x.shape[0], : weight.shape[0]]
+    return out[:m, :n]
 
 
-def _kernel(
-    rows: int,
-    tiles: int,
-    columns: int,
-    kind: Kind,
-    tiling: Tiling,
-    processors: int,
-    interpret: bool,
-):
-    """(x [rows, columns], codes, scales, factor [1]) -> [split, rows, 16 tiles]."""
-    wn, wk, split = tiling.wn, tiling.wk, tiling.split
-    warpgroups, steps = wn * wk, tiling.steps(columns)
-    depth = math.gcd(min(tiling.depth, steps), steps)
-    pieces = columns // 128 // split  # of x, in a CTA
-    groups = tiles // wn
-    ctas = max(1, min(processors // split, groups))
-    fragments = Fragments(kind, rows, interpret)
-    scale_words = 4 * SCALE_WORDS[kind]
+@dataclass(frozen=True)
+class _Plan:
+    """Sizes of one product: `out_rows` of `rows` are written."""
 
-    def body(x_ref, codes_ref, scales_ref, factor_ref, out_ref, x_shared, parts, x_ready, added):
-        cta, part, me = lax.axis_index("cta"), lax.axis_index("part"), lax.axis_index("warpgroup")
-        my_tile, my_part = me // wk, lax.rem(me, wk)
+    rows: int
+    out_rows: int
+    tiles: int
+    columns: int
+    kind: Kind
+    tiling: Tiling
+    processors: int
+    interpret: bool
 
-        def tile_of(turn):
-            return (cta + turn * ctas) * wn + my_tile
+    @property
+    def fragments(self) -> Fragments:
+        return Fragments(self.kind, self.rows, self.interpret)
 
-        def fetch(turn, step):
-            tile, place = tile_of(turn), (part * wk + my_part) * steps + step
-            codes = codes_ref.at[tile, pl.ds(place * 2 * STEP, 2 * STEP)]
-            scales = scales_ref.at[tile, pl.ds(place * scale_words, scale_words)]
-            return fragments.load_codes(codes), fragments.load_scales(scales)
+    @property
+    def steps(self) -> int:
+        return self.tiling.steps(self.columns)
 
-        def copy_activations(i, _):
-            piece = i * warpgroups + me
+    @property
+    def pieces(self) -> int:
+        """Of 128 columns of activations, for a warpgroup."""
+        return 4 * self.steps
 
-            @pl.when(piece < pieces)
-            def _():
-                columns_of_piece = pl.ds((part * pieces + piece) * 128, 128)
-                plgpu.copy_gmem_to_smem(x_ref.at[:, columns_of_piece], x_shared.at[piece], x_ready)
+    @property
+    def groups(self) -> int:
+        """Of tiles, `wn` each."""
+        return self.tiles // self.tiling.wn
 
-        def add_up(turn, sums):
-            """Adds what the warps and warpgroups have of a tile."""
-            buffer = lax.rem(turn, 2)  # the other one may still be read
-            parts[buffer, me, :, pl.ds(0, 64)] = sums
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(added)
-            plgpu.barrier_wait(added)
+    @property
+    def ctas(self) -> int:
+        return max(1, min(self.processors // self.tiling.split, self.groups))
 
-            @pl.when(my_part == 0)
-            def _():
-                total = None
-                for i in range(4 * wk):
-                    own = parts.at[buffer, me + i // 4, :, pl.ds(i % 4 * ROWS, ROWS)]
-                    one = fragments.load(own, fragments.outputs)
-                    total = one if total is None else total + one
-                total = (total * factor_ref[0]).astype(out_ref.dtype)
-                mine = out_ref.at[part, :, pl.ds(tile_of(turn) * ROWS, ROWS)]
-                fragments.store(mine, total, ROWS * tiles)
+    @property
+    def depth(self) -> int:
+        """No more than the steps of the CTA that has least."""
+        return min(self.tiling.depth, self.groups // self.ctas * self.steps)
 
-        def one_tile(turn, loaded, last):
-            sums = jnp.zeros((rows, 64), jnp.float32)
-            if not interpret:
-                sums = plgpu.layout_cast(sums, fragments.sums)
-            loaded = list(loaded)
-            for step in range(steps):
-                ahead, following = step + depth, None
-                if ahead < steps:
-                    following = fetch(turn, ahead)
-                elif not last:
-                    following = fetch(turn + 1, ahead - steps)
-                mine = x_shared.at[pl.ds((my_part * steps + step) * 4, 4)]
-                x = fragments.load(mine, fragments.activations)
-                codes, scales = loaded[step % depth]
-                sums = fragments.multiply(sums, codes, x, scales)
-                if following is not None:
-                    loaded[step % depth] = following
-            add_up(turn, sums)
-            return tuple(loaded)
+    @property
+    def out(self) -> jax.ShapeDtypeStruct:
+        dtype = jnp.bfloat16 if self.tiling.split == 1 else jnp.float32
+        return jax.ShapeDtypeStruct((self.tiling.split, self.out_rows, ROWS * self.tiles), dtype)
 
-        loaded = tuple(fetch(0, step) for step in range(depth))
-        lax.fori_loop(0, math.ceil(pieces / warpgroups), copy_activations, None)
-        plgpu.barrier_wait(x_ready)
-        turns = (groups - cta + ctas - 1) // ctas
-        loaded = lax.fori_loop(0, turns - 1, partial(one_tile, last=False), loaded)
-        one_tile(turns - 1, loaded, last=True)
+    def turns(self) -> Any:
+        return (self.groups - lax.axis_index("cta") + self.ctas - 1) // self.ctas
 
+    def place(self) -> tuple[Any, Any]:
+        """(of `wn` tiles, of `wk` parts of K) of this warpgroup."""
+        me = lax.axis_index("warpgroup")
+        return me // self.tiling.wk, lax.rem(me, self.tiling.wk)
+
+    def tile(self, turn: Any) -> Any:
+        group = lax.axis_index("cta") + turn * self.ctas
+        return group * self.tiling.wn + self.place()[0]
+
+
+class _Refs(NamedTuple):
+    x: Any
+    codes: Any
+    scales: Any
+    factor: Any
+    out: Any
+    activations: Any
+    parts: Any
+    ready: Any
+    full: Any
+    free: Any
+
+
+def _kernel(plan: _Plan):
+    """(x, codes, scales, factor) -> `plan.out`."""
+    wn, wk, adders = plan.tiling.wn, plan.tiling.wk, plan.tiling.adders
     # In rows of 128 bytes whose 16-byte pieces are permuted, so that lanes read different banks.
     swizzled = (
         plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
     )
-    dtype = jnp.bfloat16 if split == 1 else jnp.float32
     return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((split, rows, ROWS * tiles), dtype),
+        lambda *refs: _all_tiles(plan, _Refs(*refs)),
+        out_type=plan.out,
         scratch_types=(
-            plgpu.SMEM((pieces, rows, 128), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((2, warpgroups, rows, _PADDED), jnp.float32),
-            plgpu.Barrier(num_arrivals=pieces),
-            plgpu.Barrier(num_arrivals=warpgroups),
+            plgpu.SMEM((wk * plan.pieces, plan.rows, 128), jnp.bfloat16, transforms=swizzled),
+            plgpu.SMEM((wn * adders, wk, plan.rows, PADDED), jnp.float32),
+            plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=wk),
+            plgpu.Barrier(num_arrivals=wk, num_barriers=wn * adders),
+            plgpu.Barrier(num_arrivals=1, num_barriers=wn * adders),
         ),
-        grid=(ctas, split),
+        grid=(plan.ctas, plan.tiling.split),
         grid_names=("cta", "part"),
-        num_threads=warpgroups,
+        num_threads=wn * wk,
         thread_name="warpgroup",
-        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        interpret=plgpu.InterpretGPUParams() if plan.interpret else None,
         compiler_params=plgpu.CompilerParams(
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
-            unsafe_no_auto_barriers=True,  # `add_up` has those that are needed
+            unsafe_no_auto_barriers=True,  # `_hand_over` has those that are needed
         ),
     )
+
+
+def _all_tiles(plan: _Plan, refs: _Refs) -> None:
+    my_part, turns = plan.place()[1], plan.turns()
+    loaded = tuple(_fetch(plan, refs, *divmod(step, plan.steps)) for step in range(plan.depth))
+    _copy_activations(plan, refs)
+    plgpu.barrier_wait(refs.ready.at[my_part])
+
+    def one_tile(turn, loaded, left=None):
+        """`left`: tiles that follow, None for enough."""
+        sums, loaded = _one_tile(plan, refs, turn, list(loaded), left)
+        _hand_over(plan, refs, turn, sums)
+        return loaded
+
+    last = -(-plan.depth // plan.steps)  # tiles that have less to load
+    loaded = lax.fori_loop(0, turns - last, one_tile, loaded)
+    for left in reversed(range(last)):
+        loaded = one_tile(turns - 1 - left, loaded, left)
+
+    def drain(turn, _):
+        plgpu.barrier_wait(refs.free.at[_buffer(plan, turn)])
+
+    lax.fori_loop(lax.max(turns - plan.tiling.adders, 0), turns, drain, None)
+
+
+def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, jax.Array]:
+    """Loads codes and scales of a step."""
+    part, (_, my_part) = lax.axis_index("part"), plan.place()
+    place = (part * plan.tiling.wk + my_part) * plan.steps + step
+    words = 4 * SCALE_WORDS[plan.kind]
+    codes = refs.codes.at[plan.tile(turn), pl.ds(place * 2 * STEP, 2 * STEP)]
+    scales = refs.scales.at[plan.tile(turn), pl.ds(place * words, words)]
+    return plan.fragments.load_codes(codes), plan.fragments.load_scales(scales)
+
+
+def _copy_activations(plan: _Plan, refs: _Refs) -> None:
+    """Warpgroups with the same part of K share the work."""
+    part, (my_tile, my_part) = lax.axis_index("part"), plan.place()
+    wn, wk = plan.tiling.wn, plan.tiling.wk
+
+    def one_piece(i, _):
+        piece = i * wn + my_tile
+
+        @pl.when(piece < plan.pieces)
+        def _():
+            place = my_part * plan.pieces + piece
+            columns = pl.ds((part * wk * plan.pieces + place) * 128, 128)
+            source = refs.x.at[pl.ds(0, plan.rows), columns]
+            plgpu.copy_gmem_to_smem(source, refs.activations.at[place], refs.ready.at[my_part])
+
+    lax.fori_loop(0, -(-plan.pieces // wn), one_piece, None)
+
+
+def _one_tile(plan: _Plan, refs: _Refs, turn: Any, loaded: list[Any], left: int | None) -> Any:
+    """(sums of this warpgroup's part, what is loaded ahead)."""
+    fragments, (_, my_part) = plan.fragments, plan.place()
+    sums = jnp.zeros((plan.rows, 64), jnp.float32)
+    if not plan.interpret:
+        sums = plgpu.layout_cast(sums, fragments.sums)
+    for step in range(plan.steps):
+        further, ahead = divmod(step + plan.depth, plan.steps)
+        if left is None or further <= left:
+            loaded.append(_fetch(plan, refs, turn + further, ahead))
+        place = (my_part * plan.steps + step) * 4
+        x = fragments.load(refs.activations.at[pl.ds(place, 4)], fragments.activations)
+        codes, scales = loaded.pop(0)
+        sums = fragments.multiply(sums, codes, scales, x)
+    return sums, tuple(loaded)
+
+
+def _hand_over(plan: _Plan, refs: _Refs, turn: Any, sums: jax.Array) -> None:
+    """Adds what warps and warpgroups have of a tile; one warpgroup does, each in its turn."""
+    fragments, (_, my_part) = plan.fragments, plan.place()
+    wk, adders, mine = plan.tiling.wk, plan.tiling.adders, _buffer(plan, turn)
+    pl.when(turn >= adders)(lambda: plgpu.barrier_wait(refs.free.at[mine]))
+    refs.parts[mine, my_part, :, pl.ds(0, 64)] = sums
+    plgpu.barrier_arrive(refs.full.at[mine])
+
+    @pl.when(my_part == lax.rem(turn, adders))
+    def _():
+        plgpu.barrier_wait(refs.full.at[mine])
+        total = None
+        for i in range(4 * wk):
+            own = refs.parts.at[mine, i // 4, :, pl.ds(i % 4 * ROWS, ROWS)]
+            one = fragments.load(own, fragments.outputs)
+            total = one if total is None else total + one
+        plgpu.barrier_arrive(refs.free.at[mine])
+        tile = plan.tile(turn)
+        total = (total * refs.factor[tile]).astype(refs.out.dtype)
+        place = refs.out.at[lax.axis_index("part"), :, pl.ds(tile * ROWS, ROWS)]
+        fragments.store(place, total, plan.out_rows, ROWS * plan.tiles)
+
+
+def _buffer(plan: _Plan, turn: Any) -> Any:
+    """Of sums, and its barriers: those of an adder of this warpgroup's tile."""
+    adders = plan.tiling.adders
+    return plan.place()[0] * adders + lax.rem(turn, adders)

@@ -1,8 +1,7 @@
 """The products that the kernel bench times. One more kernel is one more entry of `OPERATIONS`."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,15 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_models.bench.kernel_timing import activations
-from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4, tuning
-from kernels_pallas.w4a16_decode import (
+from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4, reference, tuning
+from kernels_pallas.decode_tiling import (
     MOST_ROWS,
     Tiling,
     default_tiling,
     padded_rows,
     tilings,
-    w4a16_decode,
 )
+from kernels_pallas.w4a16_decode import w4a16_decode
+from kernels_pallas.w4a16_wide import w4a16_wide
+from kernels_pallas.wide_tiling import WideTiling, default_wide_tiling, wide_tilings
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Operation:
       weight: (key, format, N, K) -> a random packed weight, a pytree with `shape`.
       activations: (M, K) -> random activations, an array or a pytree of them.
       run: (activations, weight, tiling, processors) -> the product.
+      reference: (activations, weight) -> the same product without a kernel.
       tiling: dataclass of integers.
       default: (M, weight, processors) -> tiling, None if there is none that fits.
       candidates: (M, weight) -> every tiling worth trying.
@@ -48,6 +50,7 @@ class Operation:
     weight: Callable[[jax.Array, str, int, int], Any]
     activations: Callable[[int, int], Any]
     run: Callable[[Any, Any, Any, int], jax.Array]
+    reference: Callable[[Any, Any], jax.Array]
     tiling: Callable[..., Any]
     default: Callable[[int, Any, int], Any]
     candidates: Callable[[int, Any], Iterable[Any]]
@@ -93,15 +96,13 @@ def four_bit(key: jax.Array, kind: str, n: int, k: int) -> FourBit:
     return pack_mxfp4(codes, jax.random.randint(second, (n, k // 32), -8, 8))
 
 
-def _sizes(m: int, weight: FourBit) -> tuple[int, int, int]:
+def _decoded(m: int, weight: FourBit) -> tuple[int, int, int]:
+    return padded_rows(m), *_wide(weight)
+
+
+def _wide(weight: FourBit) -> tuple[int, int]:
     tiles, words = weight.codes.shape
-    return padded_rows(m), tiles, words // 2
-
-
-def _decode_candidates(m: int, weight: FourBit) -> Iterator[Tiling]:
-    rows, tiles, columns = _sizes(m, weight)
-    for tiling, depth in itertools.product(tilings(rows, tiles, columns), (2, 4, 8)):
-        yield replace(tiling, depth=depth)
+    return tiles, words // 2
 
 
 _W4A16_DECODE = Operation(
@@ -116,8 +117,19 @@ _W4A16_DECODE = Operation(
         x, weight, tiling, processors=processors
     ),
     tiling=Tiling,
-    default=lambda m, weight, processors: default_tiling(*_sizes(m, weight), processors),
-    candidates=_decode_candidates,
+    reference=reference.w4a16,
+    default=lambda m, weight, processors: default_tiling(*_decoded(m, weight), processors),
+    candidates=lambda m, weight: tilings(*_decoded(m, weight)),
 )
 
-OPERATIONS = (_W4A16_DECODE,)
+_W4A16_WIDE = replace(
+    _W4A16_DECODE,
+    kernel="w4a16_wide",
+    supports=lambda m: m > MOST_ROWS,
+    run=lambda x, weight, tiling, processors: w4a16_wide(x, weight, tiling, processors=processors),
+    tiling=WideTiling,
+    default=lambda m, weight, processors: default_wide_tiling(m, *_wide(weight), processors),
+    candidates=lambda m, weight: wide_tilings(m, *_wide(weight)),
+)
+
+OPERATIONS = (_W4A16_DECODE, _W4A16_WIDE)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxopt_models.bench import kernel_timing
 from jaxopt_models.bench.kernel_operations import OPERATIONS, Operation, nearest
@@ -25,6 +26,7 @@ SHAPES = {
 }
 ROWS = (1, 4, 8, 16, 64, 2048)
 FORMATS = tuple(dict.fromkeys(form for op in OPERATIONS for form in op.formats))
+_TOLERANCE = 0.01  # two roundings to bfloat16, with room
 _CANDIDATES = 8  # tilings that are tried for a product, unless all are
 
 
@@ -242,11 +244,21 @@ def _fastest(
     if not timed:
         raise UserError(f"none of {len(candidates)} tilings of {operation.kernel} could be timed")
     best = min(timed, key=lambda pair: pair[0])
+    _check(operation, best[1], run.processors, x, weights[0])
     if run.tuning is not None:
         problem = tuning.Problem(operation.kernel, form, tuning.bucket(m), n, k)
         file = run.tuning.table or tuning.cache_file(run.name)
         tuning.remember({problem: asdict(best[1])}, file)
     return best
+
+
+def _check(operation: Operation, tiling: Any, processors: int, x: Any, weight: Any) -> None:
+    """Refuses figures of a wrong product."""
+    found = operation.with_tiling(tiling, processors)(x, weight).astype(jnp.float32)
+    expected = operation.reference(x, weight).astype(jnp.float32)
+    error = float(jnp.linalg.norm(found - expected) / jnp.linalg.norm(expected))
+    if not error <= _TOLERANCE:
+        raise UserError(f"{tiling} has a relative error of {error:.2g}, tolerated {_TOLERANCE}")
 
 
 def _rotating(operation: Operation, form: str, shape: tuple[int, int]) -> list[Any]:

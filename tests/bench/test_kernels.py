@@ -4,18 +4,19 @@ import json
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 import pytest
 
 from jaxopt_models import cli
-from jaxopt_models.bench import kernel_timing, kernels
+from jaxopt_models.bench import kernel_operations, kernel_timing, kernels
 from jaxopt_models.bench.kernel_operations import OPERATIONS, nearest
 from jaxopt_models.bench.kernel_results import best_peer, kernel_table
 from jaxopt_models.bench.kernels import Tuning, bench_kernels
 from jaxopt_models.errors import UserError
-from kernels_pallas import tuning
-from kernels_pallas.w4a16_decode import Tiling, default_tiling, tilings
+from kernels_pallas import reference, tuning
+from kernels_pallas.decode_tiling import Tiling, default_tiling, tilings
 
 CEILINGS = {"read_tb_s": 3.0, "bf16_tflops": 700.0}
 SHAPE = (64, 1024)
@@ -36,6 +37,16 @@ def timed(monkeypatch, tmp_path):
         seen.append((x.shape, weights[0].shape, size))
         return 10.0 + len(seen)
 
+    def product(kernel):
+        def run(x, weight, tiling, processors):
+            jax.eval_shape(partial(kernel, tiling=tiling, processors=processors), x, weight)
+            return reference.w4a16(x, weight)  # no GPU is here
+
+        return run
+
+    for name in ("w4a16_decode", "w4a16_wide"):
+        kernel = getattr(kernel_operations, name)
+        monkeypatch.setattr(kernel_operations, name, product(kernel))
     for module in (kernel_timing, kernels):
         monkeypatch.setattr(module, "microseconds", microseconds)
     monkeypatch.setattr(kernel_timing, "ceilings", lambda say: dict(CEILINGS))
@@ -70,7 +81,7 @@ def test_a_row_for_each_product(timed, tmp_path):
     first = result["rows"][0]
     assert (first["op"], first["kernel"]) == ("w4a16", "w4a16_decode")
     assert (first["N"], first["K"]) == SHAPE and first["us"] == 13 and first["bf16_us"] == 11
-    limit = (64 * 1024 * 4.125 / 8 + 4) / 3e12 * 1e6  # codes, scales and the tensor's factor
+    limit = (64 * 1024 * 4.125 / 8 + 16) / 3e12 * 1e6  # codes, scales and the tiles' factors
     assert first["read_fraction"] == pytest.approx(limit / 13)
     assert first["flop_fraction"] == pytest.approx(2 * 64 * 1024 / 700e12 * 1e6 / 13)
     assert first["tiling"] == vars(default_tiling(8, 4, 1024, 132))
@@ -87,14 +98,31 @@ def test_peers_that_cannot_run_are_said_to_be_skipped(timed):
     assert result["peers"]["skipped"] == "not asked for"
 
 
-def test_rows_that_no_kernel_takes(timed):
+def test_every_number_of_rows_has_a_kernel(timed):
+    result = bench_kernels([SHAPE], None, ["int4"])
+    assert [row["M"] for row in result["rows"]] == list(kernels.ROWS)
+    assert {row["kernel"] for row in result["rows"]} == {"w4a16_decode", "w4a16_wide"}
+
+
+def test_a_wrong_product_is_no_figure(timed, monkeypatch):
+    def wrong(x, weight, tiling, processors):
+        return reference.w4a16(x, weight) * 1.1
+
+    monkeypatch.setattr(kernel_operations, "w4a16_wide", wrong)
+    with pytest.raises(UserError, match="1 products could not be timed, .* relative error of 0.1"):
+        bench_kernels([SHAPE], [1, 64], ["int4"])
+
+
+def test_rows_that_no_kernel_takes(timed, monkeypatch):
+    few = tuple(op for op in OPERATIONS if op.kernel == "w4a16_decode")
+    monkeypatch.setattr(kernels, "OPERATIONS", few)
     said = []
     result = bench_kernels([SHAPE], None, ["int4"], say=said.append)
     taken = {m for m in kernels.ROWS if any(kernels._operations("int4", m))}
     assert {row["M"] for row in result["rows"]} == taken
     assert len([line for line in said if "left out" in line]) == len(kernels.ROWS) - len(taken)
-    with pytest.raises(UserError, match="no kernel takes 99999999 rows with int4 weights"):
-        bench_kernels([SHAPE], [1, 99999999], ["int4"])
+    with pytest.raises(UserError, match="no kernel takes 17 rows with int4 weights"):
+        bench_kernels([SHAPE], [1, 17], ["int4"])
 
 
 def test_tuning_keeps_and_remembers_the_fastest(timed, tmp_path):

@@ -1,12 +1,16 @@
-"""Random 4-bit weights, packed and as they are."""
+"""Random 4-bit weights, packed and as they are, and what tests of kernels do with them."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
+from kernels_pallas.four_bit import SCALE_WORDS, Kind
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -34,3 +38,48 @@ def random_weight(kind: str, n: int, k: int, seed: int = 0) -> tuple[FourBit, np
 @pytest.fixture(scope="session")
 def weight():
     return random_weight
+
+
+def random_activations(m: int, k: int, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), (m, k), jnp.bfloat16)
+
+
+def error_of_product(found: jax.Array, x: jax.Array, values: np.ndarray) -> float:
+    """Relative, of `x @ values.T` in float64."""
+    exact = np.asarray(x, np.float64) @ values.T
+    return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
+
+
+def lowered_for_h100(
+    product: Callable[[jax.Array, FourBit], jax.Array], kind: Kind, m: int, n: int, k: int
+) -> str:
+    """A product as compiled for an H100, which needs none."""
+    h100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
+    rows, groups = -(-n // 64) * 4, -(-k // 512) * 4
+    weight = jax.eval_shape(
+        lambda: FourBit(
+            codes=jnp.zeros((rows, 256 * groups), jnp.int32),
+            scales=jnp.zeros((rows, SCALE_WORDS[kind] * groups), jnp.int32),
+            factor=jnp.zeros(rows),
+            kind=kind,
+            shape=(n, k),
+        )
+    )
+    x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
+        return jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture(scope="session")
+def activations():
+    return random_activations
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    return error_of_product
+
+
+@pytest.fixture(scope="session")
+def lowered():
+    return lowered_for_h100
