@@ -80,7 +80,8 @@ class EightBitTiling:
             whole = whole and (128 % self.channels == 0 or self.channels % 128 == 0)
         # Sums of each thread, of the 168 or more registers that it has left for them.
         sums = self.left // 64 * self.right // 2
-        sums += min(self.right, 128) // 2 if blocked else 0
+        if blocked:  # those of one block, and the scales of tokens, if there is one for a column
+            sums += min(self.right, 128) // 2 + (self.right // 4 if self.weight_left else 0)
         enough = sums <= {1: 160, 2: 192, 3: 128, 4: 64}.get(self.warpgroups, 0)
         shared = 64 % self.cluster == 0 and self.tokens // 8 % self.cluster == 0
         ring = self.stages >= 2 and self.shared_memory(blocked) <= SHARED_MEMORY
@@ -131,10 +132,11 @@ def default_tiling(
     """The tiling that a roofline finds fastest.
 
     Of the busiest processor: the larger of its multiplications and what it reads through the cache,
-    for each of its tiles; at least what reading the weight from memory takes.
+    for each of its tiles; at least what reading the weight from memory takes. Among equals, the one
+    whose processors have least to do.
     """
 
-    def cost(tiling: EightBitTiling) -> tuple[float, int]:
+    def cost(tiling: EightBitTiling) -> tuple[float, float, int]:
         m_tiles = math.ceil(m / tiling.tokens)
         n_tiles = math.ceil(n / (tiling.channels * tiling.cluster))
         clusters = min(processors // tiling.cluster, m_tiles * n_tiles)
@@ -145,6 +147,6 @@ def default_tiling(
             multiplying *= 1.3 if not tiling.weight_left else 1.5
         read = k * (tiling.channels + min(tiling.tokens, m) / tiling.cluster)
         busiest = rounds * (max(multiplying, read / _CACHE_A_CLOCK) + _TILE_CLOCKS)
-        return max(busiest, n * k / _MEMORY_A_CLOCK), tiling.cluster
+        return max(busiest, n * k / _MEMORY_A_CLOCK), busiest, tiling.cluster
 
     return min(tilings(m, n, k, blocked), key=cost)
