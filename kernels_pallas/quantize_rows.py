@@ -1,0 +1,246 @@
+"""Activations to 8 bits, alone or as the last step of what makes them, in one kernel.
+
+    quantize_rows(x)               x
+    quantize_rms_norm(x, w, eps)   x / sqrt(mean(x²) + eps) · w
+    quantize_silu_mul(gate, up)    gate · sigmoid(gate) · up
+
+What is computed on the way is float32 and rounded to the dtype of `x` before it is quantized, as if
+it had been stored. XLA needs two or three kernels for this (it does not fuse a reduction with what
+uses its result), which is most of the time where there are few tokens.
+
+A CTA takes a row [K / 128, 128] in pieces that its registers hold; where there are several it reads
+them again, from the cache, once amax is known.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.dispatch import hopper_processors
+from kernels_pallas.eight_bit import (
+    BLOCK,
+    Kind,
+    code_dtype,
+    encode,
+    largest_of,
+    normal,
+    rounded,
+    scale_and_inverse,
+    scale_shape,
+)
+
+Source = Literal["rows", "rms_norm", "silu_mul"]
+_MOST_BLOCKS = 64  # of a piece, as many registers of a thread
+_LEAST_BLOCKS = 4  # a row of a block for each warp
+
+
+def quantize_rows(x: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of activations.
+
+    Args:
+      x: [M, K]; K a multiple of 128 for `fp8_block`.
+      kind: `fp8` or `int8`, a scale for each token, or `fp8_block`, one for 128 columns.
+
+    Returns:
+      codes: float8_e4m3fn or int8 [M, K].
+      scales: float32 [M]; for `fp8_block` [K / 128, M'], M' being M rounded up to a multiple of 4,
+        with anything beyond M.
+
+    Raises:
+      ValueError: for shapes that do not fit.
+    """
+    return _dispatch("rows", kind, 0.0, x)
+
+
+def quantize_rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, kind: Kind
+) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of `x / sqrt(mean(x²) + eps) · weight`; see `quantize_rows`.
+
+    Args:
+      x: [M, K].
+      weight: [K].
+      eps: static.
+      kind: as for `quantize_rows`.
+
+    Reference: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight has shape {weight.shape}; x of shape {x.shape} needs its last")
+    return _dispatch("rms_norm", kind, eps, x, weight)
+
+
+def quantize_silu_mul(gate: jax.Array, up: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of `gate · sigmoid(gate) · up`, both [M, K]; see `quantize_rows`."""
+    if gate.shape != up.shape:
+        raise ValueError(f"gate has shape {gate.shape}, up {up.shape}")
+    return _dispatch("silu_mul", kind, 0.0, gate, up)
+
+
+def _dispatch(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
+    x = arrays[0]
+    if x.ndim != 2 or (kind == "fp8_block" and x.shape[1] % BLOCK):
+        raise ValueError(
+            f"activations have shape {x.shape}; needed is [M, K]"
+            + (", K a multiple of 128" if kind == "fp8_block" else "")
+        )
+    reference = partial(quantize_reference, source, kind, eps)
+    if hopper_processors() is None or not has_kernel(*arrays):
+        return reference(*arrays)
+    kernel = partial(quantize_kernel, source, kind, eps)
+    return lax.platform_dependent(*arrays, cuda=kernel, default=reference)
+
+
+def has_kernel(*arrays: jax.Array) -> bool:
+    """Whether there are rows, all bfloat16, and K is a multiple of 512."""
+    typed = all(array.dtype == jnp.bfloat16 for array in arrays)
+    return typed and arrays[0].size > 0 and arrays[0].shape[1] % (_LEAST_BLOCKS * BLOCK) == 0
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def quantize_reference(
+    source: Source, kind: Kind, eps: float, *arrays: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What the kernel computes, in jnp."""
+    x, *more = (array.astype(jnp.float32) for array in arrays)
+    if source == "rms_norm":
+        x = x * lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + eps) * more[0][None]
+    if source == "silu_mul":
+        x = _silu(x) * more[0]
+    return encode(_stored(x, arrays[0].dtype), kind)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("interpret",))
+def quantize_kernel(
+    source: Source, kind: Kind, eps: float, *arrays: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The kernel, for arrays that `has_kernel`; see the functions above.
+
+    Args:
+      interpret: runs in Pallas's interpreter, on any device; static.
+
+    Raises:
+      ValueError: for other arrays.
+    """
+    if not has_kernel(*arrays):
+        raise ValueError(
+            f"no kernel for {[f'{array.dtype}{array.shape}' for array in arrays]}; needed are "
+            "bfloat16 [M, K], K a multiple of 512"
+        )
+    m, k = arrays[0].shape
+    views = [array.reshape(*array.shape[:-1], k // BLOCK, BLOCK) for array in arrays]
+    codes, scales = plgpu.kernel(
+        partial(_body, source, kind, eps, interpret),
+        out_type=(
+            jax.ShapeDtypeStruct((m, k // BLOCK, BLOCK), code_dtype(kind)),
+            jax.ShapeDtypeStruct(scale_shape(kind, m, k), jnp.float32),
+        ),
+        grid=(m,),
+        grid_names=("row",),
+        interpret=plgpu.InterpretGPUParams() if interpret else None,
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(*views)
+    return codes.reshape(m, k), scales
+
+
+def _body(source: Source, kind: Kind, eps: float, interpret: bool, *references: Any) -> None:
+    *inputs, codes, scales = references
+    row, blocks = lax.axis_index("row"), codes.shape[1]
+    size = next(s for s in range(min(blocks, _MOST_BLOCKS), 0, -1) if not blocks % s | s % 4)
+    parts = [pl.ds(first, size) for first in range(0, blocks, size)]
+    values = _source(source, eps, row, inputs, parts, interpret)
+    if len(parts) == 1:
+        only = values(parts[0])
+        values = lambda part: only  # noqa: E731
+
+    def write(part: Any, amax: jax.Array, value: jax.Array) -> jax.Array:
+        """Codes of a part; returns the scales of its blocks."""
+        scale, inverse = scale_and_inverse(amax, largest_of(kind))
+        inverse = lax.broadcast_in_dim(inverse, value.shape, (0,))
+        codes[row, part] = _codes(value * inverse, kind, interpret)
+        return scale
+
+    if kind == "fp8_block":
+        for part in parts:
+            value = values(part)
+            scales[part, row] = write(part, _largest(value), value)
+        return
+    amax = reduce(jnp.maximum, [_largest(values(part)) for part in parts])
+    # Each block gets the row's: Mosaic GPU reinterprets bits of vectors only.
+    amax = jnp.broadcast_to(jnp.max(amax), amax.shape)
+    for part in parts:
+        scale = write(part, amax, values(part))
+    scales[row] = jnp.max(scale)
+
+
+def _source(
+    source: Source,
+    eps: float,
+    row: Any,
+    inputs: Sequence[Any],
+    parts: Sequence[Any],
+    interpret: bool,
+) -> Callable[[Any], jax.Array]:
+    """part -> what is to be quantized of it, float32 [blocks, 128]."""
+
+    def read(ref: Any) -> jax.Array:
+        layout = _layout(ref.shape[0])
+        return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+    x, *more = inputs
+
+    def stored(value: jax.Array) -> jax.Array:
+        if interpret:
+            return normal(_stored(value, x.dtype))
+        return normal(value.astype(x.dtype))
+
+    if source == "silu_mul":
+        (up,) = more
+        return lambda part: stored(_silu(read(x.at[row, part])) * read(up.at[row, part]))
+    if source == "rms_norm":
+        (weight,) = more
+        squares = [_sum(jnp.square(read(x.at[row, part]))) for part in parts]
+        scale = lax.rsqrt(sum(squares[1:], squares[0]) / (x.shape[1] * BLOCK) + eps)
+        return lambda part: stored(read(x.at[row, part]) * scale * read(weight.at[part]))
+    return lambda part: normal(read(x.at[row, part]))
+
+
+def _codes(y: jax.Array, kind: Kind, interpret: bool) -> jax.Array:
+    if kind == "int8" or interpret:
+        return rounded(y, kind)
+    return jnp.clip(y, -448.0, 448.0).astype(jnp.float8_e4m3fn)  # Hopper rounds once
+
+
+def _largest(value: jax.Array) -> jax.Array:
+    """Of each block."""
+    return jnp.max(jnp.abs(value), axis=1)
+
+
+def _sum(value: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.sum(value, axis=1))
+
+
+def _silu(x: jax.Array) -> jax.Array:
+    return x / (1.0 + jnp.exp(-x))
+
+
+def _stored(x: jax.Array, dtype: Any) -> jax.Array:
+    """Rounded to `dtype`, by an operation that a compiler does not remove as it does two casts."""
+    bits = jnp.finfo(dtype)
+    return lax.reduce_precision(x, bits.nexp, bits.nmant)
+
+
+def _layout(blocks: int) -> Any:
+    """[blocks, 128]: 16 lanes, or 32, hold a block's row, and the warps neighbouring ones."""
+    vector = 8 if blocks % 8 == 0 else 4
+    rows = vector // 4
+    tiling = plgpu.Tiling(((4 * rows, BLOCK), (rows, BLOCK), (1, vector)))
+    layout = mgpu.TiledLayout(tiling, (-6,), (-4, -3), -1, _check_canonical=False).canonicalize()
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
