@@ -145,7 +145,7 @@ def _entry(line: dict[str, Any]) -> tuple[Problem, dict[str, int]]:
     fields = line["tiling"]
     problem = Problem(**{name: value for name, value in line.items() if name != "tiling"})
     numbers = [problem.m, problem.n, problem.k, *fields.values()]
-    if any(type(number) is not int for number in numbers):
+    if any(type(number) not in (int, bool) for number in numbers):
         raise ValueError(f"{line} has a size that is no integer")
     if problem.m != bucket(problem.m):
         raise ValueError(f"{line} has an m that is no power of two from {_LEAST} to {_MOST}")

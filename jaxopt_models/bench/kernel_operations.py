@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_models.bench.kernel_timing import activations
-from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4, reference, tuning
+from kernels_pallas import (
+    EightBit,
+    FourBit,
+    pack_int4,
+    pack_mxfp4,
+    pack_nvfp4,
+    quantize_rows,
+    reference,
+    tuning,
+    w8a8_tiling,
+)
 from kernels_pallas.decode_tiling import (
     MOST_ROWS,
     Tiling,
@@ -18,8 +28,13 @@ from kernels_pallas.decode_tiling import (
     padded_rows,
     tilings,
 )
+from kernels_pallas.eight_bit import BLOCK, code_dtype
+from kernels_pallas.eight_bit import Kind as EightBitKind
 from kernels_pallas.w4a16_decode import w4a16_decode
 from kernels_pallas.w4a16_wide import w4a16_wide
+from kernels_pallas.w8a8 import w8a8_reference
+from kernels_pallas.w8a8_kernel import w8a8_kernel
+from kernels_pallas.w8a8_tiling import EightBitTiling
 from kernels_pallas.wide_tiling import WideTiling, default_wide_tiling, wide_tilings
 
 
@@ -132,4 +147,49 @@ _W4A16_WIDE = replace(
     candidates=lambda m, weight: wide_tilings(m, *_wide(weight)),
 )
 
-OPERATIONS = (_W4A16_DECODE, _W4A16_WIDE)
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def eight_bit(key: jax.Array, kind: EightBitKind, n: int, k: int) -> EightBit:
+    """A random 8-bit weight standing for [N, K]."""
+    first, second = jax.random.split(key)
+    values = 100 * jax.random.normal(first, (n, k), jnp.bfloat16)
+    codes = jnp.clip(values, -127, 127).astype(code_dtype(kind))
+    shape = (-(-n // BLOCK), k // BLOCK) if kind == "fp8_block" else (n,)
+    return EightBit(codes, jax.random.uniform(second, shape, minval=0.01), kind)
+
+
+def _run_w8a8(x: Any, weight: EightBit, tiling: EightBitTiling, processors: int) -> jax.Array:
+    codes, scales = x
+    return w8a8_kernel(codes, scales, weight.codes, weight.scales, tiling, processors=processors)
+
+
+def _w8a8(kind: EightBitKind, rate: str) -> Operation:
+    """The product alone: activations are quantized before."""
+    blocked = kind == "fp8_block"
+    return Operation(
+        op="w8a8",
+        kernel="w8a8",
+        formats=(kind,),
+        rate=rate,
+        supports=lambda m: m > 0,
+        weight=eight_bit,
+        activations=lambda m, k: quantize_rows(activations(m, k), kind),
+        run=_run_w8a8,
+        reference=lambda x, weight: w8a8_reference(x[0], x[1], weight),
+        tiling=EightBitTiling,
+        default=lambda m, weight, processors: w8a8_tiling.default_tiling(
+            m, weight.shape[0], weight.shape[1], processors, blocked
+        ),
+        candidates=lambda m, weight: w8a8_tiling.tilings(
+            m, weight.shape[0], weight.shape[1], blocked
+        ),
+    )
+
+
+OPERATIONS = (
+    _W4A16_DECODE,
+    _W4A16_WIDE,
+    _w8a8("fp8", "fp8_tflops"),
+    _w8a8("fp8_block", "fp8_tflops"),
+    _w8a8("int8", "int8_tops"),
+)

@@ -77,7 +77,7 @@ def test_misfits_are_named(weight):
 def test_on_a_gpu(weight, activations, relative_error, kind):
     """Registers hold what the packing promises; sums are float32's, and always the same."""
     shapes = [(64, 4096, 4096), (301, 1000, 1152), (2048, 2048, 2048), (17, 6144, 640)]
-    tilings = [None, WideTiling(32, split=2), WideTiling(256, 2, span=1, in_flight=1), None]
+    tilings = [None, WideTiling(32, split=3), WideTiling(256, 2, span=1, in_flight=1), None]
     for seed, ((m, n, k), tiling) in enumerate(zip(shapes, tilings, strict=True)):
         with jax.default_device(jax.devices("gpu")[0]):
             packed, values = weight(kind, n, k, seed)
