@@ -22,7 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir.dialects import arith
 
+from kernels_pallas import instructions as ptx
 from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.eight_bit import (
     BLOCK,
@@ -170,7 +172,8 @@ def _body(source: Source, kind: Kind, eps: float, interpret: bool, *references: 
     if kind == "fp8_block":
         for part in parts:
             value = values(part)
-            scales[part, row] = write(part, _largest(value), value)
+            scale = write(part, _largest(value), value)
+            _store_column(scales.at[part, pl.ds(row, 1)], scale, scales.shape[1], interpret)
         return
     amax = reduce(jnp.maximum, [_largest(values(part)) for part in parts])
     # Each block gets the row's: Mosaic GPU reinterprets bits of vectors only.
@@ -235,6 +238,33 @@ def _stored(x: jax.Array, dtype: Any) -> jax.Array:
     """Rounded to `dtype`, by an operation that a compiler does not remove as it does two casts."""
     bits = jnp.finfo(dtype)
     return lax.reduce_precision(x, bits.nexp, bits.nmant)
+
+
+def _store_column(ref: Any, scale: jax.Array, stride: int, interpret: bool) -> None:
+    """Writes the scales of blocks to global memory, `stride` entries apart.
+
+    By hand, since Mosaic GPU refuses stores that leave a sector of 32 bytes incomplete.
+    """
+    if interpret:
+        ref[...] = scale[:, None]
+        return
+    blocks = scale.shape[0]
+    rows = 2 if blocks % 8 == 0 else 1  # of a warp, in `_layout`
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _layout(blocks).reduce(1)))
+    def store(_, ref, scale):
+        base, warp, lane = ptx.base_and_lane(ref)
+        lanes = 32 // rows  # that hold the same block
+        own = ptx.plus(ptx.times(warp, rows), arith.divui(lane, ptx.i32(lanes)))
+        silent = arith.remui(lane, ptx.i32(lanes))
+        for i, value in enumerate(scale.registers.reshape(-1)):
+            place = ptx.times(ptx.plus(own, ptx.i32(4 * rows * i)), 4 * stride)
+            address = arith.addi(base, arith.extui(ptx.i64(), place))
+            (single,) = ptx.parts(value, 1)
+            word = mgpu.utils.bitcast(single, ptx.i32_type())
+            ptx.store_words(address, [word], silent)
+
+    store(ref, scale)  # pyright: ignore[reportCallIssue]: the context is inserted
 
 
 def _layout(blocks: int) -> Any:

@@ -217,7 +217,9 @@ def _copy_activations(plan: _Plan, refs: _Refs) -> None:
         def _():
             place = my_part * plan.pieces + piece
             columns = pl.ds((part * wk * plan.pieces + place) * 128, 128)
-            source = refs.x.at[pl.ds(0, plan.rows), columns]
+            # Traced, since only such a slice may go beyond the array.
+            first = lax.min(piece, 0) * plan.rows
+            source = refs.x.at[pl.ds(first, plan.rows), columns]
             plgpu.copy_gmem_to_smem(source, refs.activations.at[place], refs.ready.at[my_part])
 
     lax.fori_loop(0, -(-plan.pieces // wn), one_piece, None)
