@@ -14,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas import reference, tuning
+from kernels_pallas.batching import rows_together
 from kernels_pallas.decode_tiling import MOST_ROWS, Tiling, default_tiling, padded_rows
-from kernels_pallas.four_bit import FourBit
-from kernels_pallas.partition import partitioned
+from kernels_pallas.four_bit import BLOCK_ROWS, ROWS, STEP, FourBit
+from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.w4a16_decode import w4a16_decode
 from kernels_pallas.w4a16_wide import w4a16_wide
 from kernels_pallas.wide_tiling import WideTiling, default_wide_tiling
@@ -26,7 +27,8 @@ def w4a16(x: jax.Array, weight: FourBit) -> jax.Array:
     """`x @ weight.T` with a 4-bit weight. Gradients reach `x`, through the weight's values.
 
     Works under `vmap`, which adds to the rows, and on sharded arrays: a weight split along N gives
-    a product split along N, one split along K partial sums, which are added (`partition`).
+    a product split along N, in blocks of 64 rows; one split along K, in steps of 512 columns, gives
+    partial sums, which are added. A weight with other sizes is gathered along that axis.
 
     Args:
       x: [..., K], any number of rows.
@@ -67,23 +69,17 @@ def _backward(weight: FourBit, gradient: jax.Array) -> tuple[jax.Array, FourBit]
 _product.defvjp(_forward, _backward)
 
 
-@jax.custom_batching.custom_vmap
+@rows_together
 def _batched(x: jax.Array, weight: FourBit) -> jax.Array:
-    return partitioned(_local, x, weight)
+    n, k = weight.shape
 
+    def local(x: jax.Array, codes: jax.Array, scales: jax.Array, factor: jax.Array) -> jax.Array:
+        own = min(n, ROWS * len(codes)), x.shape[1]
+        return _local(x, FourBit(codes, scales, factor, weight.kind, own))
 
-@_batched.def_vmap
-def _of_batch(size: int, batched: Any, x: jax.Array, weight: FourBit) -> tuple[jax.Array, bool]:
-    """Rows of all examples at once, unless each has a weight of its own."""
-    of_x, of_weight = batched
-    if not any(jax.tree.leaves(of_weight)):
-        return _batched(x.reshape(-1, x.shape[-1]), weight).reshape(size, x.shape[1], -1), True
-
-    def example(i: jax.Array) -> jax.Array:
-        own = jax.tree.map(lambda leaf, has: leaf[i] if has else leaf, weight, of_weight)
-        return _batched(x[i] if of_x else x, own)
-
-    return lax.map(example, jnp.arange(size)), True
+    pieces = {"m": len(x)} | whole_pieces("n", n, BLOCK_ROWS) | whole_pieces("k", k, STEP)
+    sharing = Sharing("m k, n k, n k, n", "m n", pieces, added="k")
+    return partitioned(local, sharing, x, weight.codes, weight.scales, weight.factor)
 
 
 def _local(x: jax.Array, weight: FourBit) -> jax.Array:

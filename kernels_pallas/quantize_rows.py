@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from kernels_pallas import instructions as ptx
+from kernels_pallas.batching import one_by_one
 from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.eight_bit import (
     BLOCK,
@@ -37,6 +38,7 @@ from kernels_pallas.eight_bit import (
     scale_and_inverse,
     scale_shape,
 )
+from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 
 Source = Literal["rows", "rms_norm", "silu_mul"]
 _MOST_BLOCKS = 64  # of a piece, as many registers of a thread
@@ -93,6 +95,23 @@ def _dispatch(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
             f"activations have shape {x.shape}; needed is [M, K]"
             + (", K a multiple of 128" if kind == "fp8_block" else "")
         )
+    return one_by_one(partial(_shared, source, kind, eps))(*arrays)
+
+
+def _shared(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
+    """Rows may be split, and blocks of 128 columns that need nothing of one another."""
+    m, k = arrays[0].shape
+    blocked = kind == "fp8_block"
+    pieces = whole_pieces("m", m, 4) if blocked else {"m": m}
+    if blocked and source != "rms_norm":
+        pieces |= whole_pieces("k", k, BLOCK)
+    operands = {"rows": "m k", "rms_norm": "m k, k", "silu_mul": "m k, m k"}[source]
+    sharing = Sharing(operands, "m k, k m" if blocked else "m k, m", pieces)
+    return partitioned(partial(_local, source, kind, eps), sharing, *arrays)
+
+
+def _local(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
+    """On one device."""
     reference = partial(quantize_reference, source, kind, eps)
     if hopper_processors() is None or not has_kernel(*arrays):
         return reference(*arrays)

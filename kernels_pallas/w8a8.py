@@ -13,8 +13,10 @@ import numpy as np
 from jax import lax
 
 from kernels_pallas import tuning
+from kernels_pallas.batching import one_by_one, rows_together
 from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.eight_bit import BLOCK, EightBit, scale_shape
+from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.quantize_rows import quantize_rows
 from kernels_pallas.w8a8_kernel import has_kernel, w8a8_kernel
 from kernels_pallas.w8a8_tiling import EightBitTiling
@@ -24,6 +26,7 @@ def w8a8(x: jax.Array, weight: EightBit) -> jax.Array:
     """`Q(x) · weightᵀ`, where Q rounds `x` to the weight's kind with dynamic scales.
 
     Gradients reach `x` as if there were no rounding (straight through), by the weight's values.
+    Works under `vmap`, which adds to the rows, and on sharded arrays, as `w4a16` does.
 
     Args:
       x: [..., K], any number of rows.
@@ -56,6 +59,30 @@ def w8a8_product(codes: jax.Array, scales: jax.Array, weight: EightBit) -> jax.A
       ValueError: for shapes or dtypes that do not fit.
     """
     _check(codes, scales, weight)
+    return _shared(codes, scales, weight)
+
+
+@one_by_one
+def _shared(codes: jax.Array, scales: jax.Array, weight: EightBit) -> jax.Array:
+    (m, k), (n, _) = codes.shape, weight.shape
+
+    def local(
+        codes: jax.Array, scales: jax.Array, of_weight: jax.Array, weight_scales: jax.Array
+    ) -> jax.Array:
+        return _local(codes, scales, EightBit(of_weight, weight_scales, weight.kind))
+
+    if weight.kind == "fp8_block":
+        pieces = whole_pieces("m", m, 4) | whole_pieces("n", n, BLOCK)
+        pieces |= whole_pieces("k", k, BLOCK)
+        sharing = Sharing("m k, k m, n k, n k", "m n", pieces, added="k")
+    else:
+        pieces = {"m": m} | whole_pieces("n", n, 16) | whole_pieces("k", k, 32)
+        sharing = Sharing("m k, m, n k, n", "m n", pieces, added="k")
+    return partitioned(local, sharing, codes, scales, weight.codes, weight.scales)
+
+
+def _local(codes: jax.Array, scales: jax.Array, weight: EightBit) -> jax.Array:
+    """The product on one device."""
     processors = hopper_processors()
     if processors is None or not has_kernel(len(codes), *weight.shape):
         return w8a8_reference(codes, scales, weight)
@@ -118,6 +145,11 @@ def _float32_product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def _quantized_product(x: jax.Array, weight: EightBit) -> jax.Array:
+    return _batched(x, weight)
+
+
+@rows_together
+def _batched(x: jax.Array, weight: EightBit) -> jax.Array:
     return w8a8_product(*quantize_rows(x, weight.kind), weight)
 
 

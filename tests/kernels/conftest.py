@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from kernels_pallas import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
 from kernels_pallas.four_bit import SCALE_WORDS, Kind
@@ -68,6 +68,11 @@ def lowered_for_h100(
     x = jax.ShapeDtypeStruct((m, k), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h100)):
         return jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture(scope="session")
+def mesh():
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import dispatch, reference, tuning, w4a16
@@ -97,11 +97,6 @@ def test_batches_of_weights_are_products_of_their_own(weight, activations):
     found = jax.jit(jax.vmap(w4a16, (None, 0)))(x, stacked)
     for each, one in zip(found, packed, strict=True):
         np.testing.assert_array_equal(each, w4a16(x, one))
-
-
-@pytest.fixture
-def mesh():
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
 @pytest.mark.parametrize("kind", ["int4", "nvfp4", "mxfp4"])
