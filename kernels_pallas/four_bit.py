@@ -65,7 +65,7 @@ class FourBit:
     Attributes:
       codes: int32 [N' / 16, 2 K'], N' and K' the shape padded to multiples of 16 and 512.
       scales: int32 [N' / 16, K' / 128 · words], see `SCALE_WORDS`.
-      factor: float32 [], what the kernel's sums are multiplied by; 1 for INT4.
+      factor: float32 [N' / 16], which multiplies the sums of each 16 rows; 1 for INT4.
       kind: format; static.
       shape: (N, K); static.
     """
@@ -79,7 +79,8 @@ class FourBit:
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K], exact."""
         values = values_of(self.codes, self.scales, self.kind)
-        return values[: self.shape[0], : self.shape[1]] * self.factor
+        values = values * jnp.repeat(self.factor, ROWS)[:, None]
+        return values[: self.shape[0], : self.shape[1]]
 
 
 def pack_int4(codes: jax.Array, scales: jax.Array) -> FourBit:
@@ -101,7 +102,7 @@ def pack_int4(codes: jax.Array, scales: jax.Array) -> FourBit:
     return FourBit(
         codes=_signed(_packed_codes(nibbles, "int4")),
         scales=_signed(words.reshape(len(words), -1)),
-        factor=jnp.float32(1),
+        factor=jnp.ones(len(words), jnp.float32),
         kind="int4",
         shape=_shape(codes),
     )
@@ -129,7 +130,7 @@ def pack_nvfp4(codes: jax.Array, scales: jax.Array, tensor_scale: jax.Array) -> 
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "nvfp4")),
         scales=_signed(_scale_words(_padded(scale_bytes, STEP // 16), 16)),
-        factor=tensor_scale.astype(jnp.float32) * 2.0**-NVFP4_SHIFT,
+        factor=_for_each_tile(tensor_scale.astype(jnp.float32) * 2.0**-NVFP4_SHIFT, codes),
         kind="nvfp4",
         shape=_shape(codes),
     )
@@ -157,7 +158,7 @@ def pack_mxfp4(codes: jax.Array, exponents: jax.Array) -> FourBit:
     return FourBit(
         codes=_signed(_packed_codes(_padded(nibbles, STEP), "mxfp4")),
         scales=_signed(_scale_words(scale_bytes, 32)),
-        factor=jnp.ldexp(jnp.float32(1), largest - MXFP4_SHIFT),
+        factor=_for_each_tile(jnp.ldexp(jnp.float32(1), largest - MXFP4_SHIFT), codes),
         kind="mxfp4",
         shape=_shape(codes),
     )
@@ -256,6 +257,10 @@ def _padded(array: jax.Array, columns: int, value: int = 0) -> jax.Array:
     """Rows to a multiple of 16 and columns to one of `columns`."""
     pads = ((0, -array.shape[0] % ROWS), (0, -array.shape[1] % columns))
     return jnp.pad(array, pads, constant_values=value)
+
+
+def _for_each_tile(factor: jax.Array, codes: jax.Array) -> jax.Array:
+    return jnp.full(-(-codes.shape[0] // ROWS), factor, jnp.float32)
 
 
 def _signed(words: jax.Array) -> jax.Array:

@@ -131,7 +131,7 @@ def w4a16_decode(
     if tiling is None or not tiling.fits(rows, tiles, columns):
         raise ValueError(f"{tiling or 'no tiling'} fits {tiles} x 16 rows, {columns} columns")
     run = _kernel(rows, tiles, columns, weight.kind, tiling, processors, interpret)
-    sums = run(padded, weight.codes, weight.scales, weight.factor[None])
+    sums = run(padded, weight.codes, weight.scales, weight.factor)
     out = sums[0] if tiling.split == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
     return out[: x.shape[0], : weight.shape[0]]
 
@@ -145,7 +145,7 @@ def _kernel(
     processors: int,
     interpret: bool,
 ):
-    """(x [rows, columns], codes, scales, factor [1]) -> [split, rows, 16 tiles]."""
+    """(x [rows, columns], codes, scales, factor [tiles]) -> [split, rows, 16 tiles]."""
     wn, wk, split = tiling.wn, tiling.wk, tiling.split
     warpgroups, steps = wn * wk, tiling.steps(columns)
     depth = math.gcd(min(tiling.depth, steps), steps)
@@ -191,7 +191,7 @@ def _kernel(
                     own = parts.at[buffer, me + i // 4, :, pl.ds(i % 4 * ROWS, ROWS)]
                     one = fragments.load(own, fragments.outputs)
                     total = one if total is None else total + one
-                total = (total * factor_ref[0]).astype(out_ref.dtype)
+                total = (total * factor_ref[tile_of(turn)]).astype(out_ref.dtype)
                 mine = out_ref.at[part, :, pl.ds(tile_of(turn) * ROWS, ROWS)]
                 fragments.store(mine, total, ROWS * tiles)
 

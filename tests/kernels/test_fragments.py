@@ -84,5 +84,5 @@ def test_lanes_multiply_what_was_packed(weight, kind):
     scales = np.asarray(packed.scales)[0].view(np.uint32)
     found = sum(warp_step(kind, codes, scales, x, warp) for warp in range(4))
     exact = x @ values.T
-    difference = np.abs(found * float(packed.factor) - exact)
+    difference = np.abs(found * float(packed.factor[0]) - exact)
     assert difference.max() <= 1e-12 * np.abs(exact).max()

@@ -58,7 +58,7 @@ def weight_shapes(kind: Kind, n: int, k: int) -> FourBit:
     rows, groups = -(-n // 16), -(-k // 512) * 4
     words = {"int4": 8, "nvfp4": 32, "mxfp4": 16}[kind] * groups
     codes, scales = jnp.zeros((rows, 256 * groups), jnp.int32), jnp.zeros((rows, words), jnp.int32)
-    return FourBit(codes, scales, jnp.float32(1), kind, (n, k))
+    return FourBit(codes, scales, jnp.ones(rows, jnp.float32), kind, (n, k))
 
 
 @pytest.mark.parametrize("kind", KINDS)
