@@ -14,8 +14,10 @@ from flax import struct
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import hadamard
 from jaxopt_models.numerics import Scales, from_grid
+from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import DenseTensor, QTensor, unpack
 from jaxopt_models.tree import WeightLeaf
+from kernels_pallas import w4a16
 
 
 @struct.dataclass
@@ -86,18 +88,22 @@ def _product(
 
         z = hadamard(x · pre_scale, rotate),    Q(z) Ŵᵀ + (z downᵀ) upᵀ
 
-    Quantized leaves are dequantized and multiplied, which runs on every backend.
+    Packed leaves go to their kernel, if the device has one. Other quantized leaves are dequantized
+    and multiplied, which runs on every backend.
     """
     if isinstance(weight, Probe):
         return _product(x, weight.weight, dot) + weight.delta
-    if not isinstance(weight, QTensor | DenseTensor):
+    if not isinstance(weight, QTensor | DenseTensor | PackedTensor):
         return dot(x, weight.astype(x.dtype))
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
     if weight.rotate:
         x = hadamard(x, weight.rotate)
     quantized = x if weight.input is None else weight.input(x)
-    out = dot(quantized, weight.dequantize(x.dtype))
+    if isinstance(weight, PackedTensor):
+        out = w4a16(quantized, weight.weight).astype(jnp.float32)
+    else:
+        out = dot(quantized, weight.dequantize(x.dtype))
     if weight.low_rank is not None:
         inner = dot(x, weight.low_rank.down.astype(x.dtype)).astype(x.dtype)
         out = out + dot(inner, weight.low_rank.up.astype(x.dtype))

@@ -11,6 +11,9 @@ weight [..., N, K] that a leaf stands for, and each array of the leaf gets what 
     low_rank     down [..., R, K], up [..., N, R]   P(..., None, k), P(..., n, None)
     global_scale, input          replicated
 
+    PackedTensor [N, K]          P(n, k)
+    codes, scales [N/16, …]      P(n, k)          factor P(n), input steps as above
+
 An array's axis is left whole where splitting it would cut unevenly or through a tile of values
 that share a scale or a byte, so any rule gives correct results on any mesh. A boundary may cut a
 block that is rotated (`QTensor.rotate`): devices then exchange inputs, which costs less than a
@@ -29,8 +32,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import LowRank, QTensor
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
+from kernels_pallas.four_bit import BLOCK_ROWS, ROWS, STEP
 
 # A tuple of specs is an order of preference: the first that splits evenly all that it names.
 type Rules = Mapping[str, P | tuple[P, ...]]
@@ -180,6 +185,8 @@ def _leaf_specs(leaf: Any, spec: tuple[Any, ...], mesh: Mesh) -> Any:
     """The leaf with a `PartitionSpec` in place of each of its arrays."""
     if isinstance(leaf, QTensor):
         return _quantized_specs(leaf, spec, mesh)
+    if isinstance(leaf, PackedTensor):
+        return _packed_specs(leaf, spec, mesh)
     if not is_leaf(leaf):
         return P(*_kept(spec, leaf.shape, mesh))
     # Any other leaf kind: what has the weight's own extents is split like it (masks, masters).
@@ -206,22 +213,42 @@ def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
     def tiled(part: Any) -> P:
         return _tiled(q.shape, tile, part, spec, mesh)
 
-    def each(specs: Callable[..., Any], part: Any) -> Any:
-        return None if part is None else specs(part)
+    return replace(
+        _input_specs(q, lead, rows, columns),
+        codes=P(*spec),
+        scale=tiled(q.scale),
+        zero_point=_each(tiled, q.zero_point),
+        global_scale=_each(tiled, q.global_scale),
+    )
+
+
+def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> PackedTensor:
+    weight = packed.weight
+    # Blocks of rows and steps of columns are what cannot be cut.
+    units = weight.codes.shape[0] * ROWS // BLOCK_ROWS, weight.codes.shape[1] // (2 * STEP)
+    rows, columns = _kept(_kept(spec, units, mesh), packed.shape, mesh)
+    specs = replace(weight, codes=P(rows, columns), scales=P(rows, columns), factor=P(rows))
+    return replace(_input_specs(packed, [], rows, columns), weight=specs)
+
+
+def _input_specs[Leaf: QTensor | PackedTensor](
+    leaf: Leaf, lead: Sequence[Any], rows: Any, columns: Any
+) -> Leaf:
+    """The leaf with specs of its input steps, of a weight that is split by rows and columns."""
 
     def low_rank(part: LowRank) -> LowRank:
         return replace(part, down=P(*lead, None, columns), up=P(*lead, rows, None))
 
     return replace(
-        q,
-        codes=P(*spec),
-        scale=tiled(q.scale),
-        zero_point=each(tiled, q.zero_point),
-        global_scale=each(tiled, q.global_scale),
-        pre_scale=each(lambda _: P(columns), q.pre_scale),
-        low_rank=each(low_rank, q.low_rank),
-        input=jax.tree.map(lambda _: P(), q.input),
+        leaf,
+        pre_scale=_each(lambda _: P(columns), leaf.pre_scale),
+        low_rank=_each(low_rank, leaf.low_rank),
+        input=jax.tree.map(lambda _: P(), leaf.input),
     )
+
+
+def _each(specs: Callable[..., Any], part: Any) -> Any:
+    return None if part is None else specs(part)
 
 
 def _tiled(

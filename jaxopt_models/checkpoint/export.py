@@ -23,6 +23,7 @@ from jaxopt_models.checkpoint.safetensors import write_sharded
 from jaxopt_models.checkpoint.weights import as_weight
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import hadamard
+from jaxopt_models.inference import refuse_prepared
 from jaxopt_models.kv_quantizer import without_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
@@ -54,7 +55,7 @@ def export_hf(
 
     Raises:
       UserError: for an unknown layout, a directory that exists, and a leaf that the config does not
-        describe, that is of unknown kind or holds NaN or infinity.
+        describe, that is of unknown kind, of `inference.prepare`, or holds NaN or infinity.
     """
     if layout not in _LAYOUTS:
         raise UserError(f"layout {layout!r} is not supported; supported: {', '.join(_LAYOUTS)}")
@@ -62,6 +63,7 @@ def export_hf(
     if target.exists():
         raise UserError(f"{target}: already exists; choose another directory")
     params = without_kv_cache(model.params if params is None else params)
+    refuse_prepared(params, "exported")
     # The tree decides whether there is a head of its own: training or a transform may untie it.
     tied = "lm_head" not in params
     config = dataclasses.replace(model.config, tie_word_embeddings=tied)

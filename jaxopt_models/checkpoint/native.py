@@ -27,6 +27,7 @@ from jaxopt_models.checkpoint import leaf_kinds
 from jaxopt_models.checkpoint import tokenizer as tokenizers
 from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.errors import UserError
+from jaxopt_models.inference import refuse_prepared
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.sharding import DEFAULT_RULES, Rules, shardings
@@ -63,11 +64,12 @@ def save(
       overwrite: whether to replace a checkpoint of this library that is there already.
 
     Raises:
-      UserError: if something is there already, for leaves of unknown kind, and for a recipe or
-        report that has no JSON form.
+      UserError: if something is there already, for leaves of unknown kind, parameters of
+        `inference.prepare`, and a recipe or report that has no JSON form.
     """
     target = Path(directory).expanduser().resolve()
     _check_target(target, overwrite)
+    refuse_prepared(params, "saved")
     metadata = _metadata(config, params, recipe, report, provenance)
     with new_directory(target, overwrite=overwrite) as scratch:
         ocp.save(str(scratch / "params"), params, custom_metadata=metadata)

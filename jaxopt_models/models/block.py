@@ -11,6 +11,7 @@ from jaxopt_models.models.attention import attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
+from jaxopt_models.models.projections import project
 from jaxopt_models.ops import linear
 
 Save = Callable[[str, jax.Array], None]
@@ -94,10 +95,14 @@ def _norm(config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, 
     return out
 
 
-def _linear(modules: Mapping[str, Any], prefix: str, name: str, x: jax.Array, save: Save):
-    save(f"{prefix}/{name}/input", x)
-    module = modules[name]
-    return linear(x, module["weight"], module.get("bias"))
+def _linear(module: Mapping[str, Any], name: str, x: jax.Array, save: Save):
+    save(f"{name}/input", x)
+    return linear(x, module[name]["weight"], module[name].get("bias"))
+
+
+def _inside(save: Save, prefix: str) -> Save:
+    """Saves under names that begin with the module's."""
+    return lambda name, value: save(f"{prefix}/{name}", value)
 
 
 def _attention(
@@ -110,21 +115,20 @@ def _attention(
     save: Save,
 ) -> tuple[jax.Array, LayerCache | None]:
     batch, length, _ = x.shape
-    project = partial(_linear, weights, "self_attn", x=x, save=save)
-
-    def heads(name: str) -> jax.Array:
-        return project(name).reshape(batch, length, -1, config.head_dim)
-
-    query, key, value = heads("q_proj"), heads("k_proj"), heads("v_proj")
+    save = _inside(save, "self_attn")
+    query, key, value = (
+        out.reshape(batch, length, -1, config.head_dim)
+        for out in project(weights, "qkv_proj", x, save)
+    )
     if config.qk_norm:
         eps, offset = config.rms_norm_eps, config.unit_offset_norm
         query = rms_norm(query, weights["q_norm"]["weight"], eps, offset)
         key = rms_norm(key, weights["k_norm"]["weight"], eps, offset)
     rope = config.rope if kind == "full" else config.local_rope
     query, key = rotate(query, positions, rope), rotate(key, positions, rope)
-    save("self_attn/query", query)
-    save("self_attn/key", key)
-    save("self_attn/value", value)
+    save("query", query)
+    save("key", key)
+    save("value", value)
 
     quantizer = weights.get("kv_cache")
     if quantizer is not None:
@@ -146,28 +150,23 @@ def _attention(
         key_positions = jnp.broadcast_to(slots, (batch, key.shape[2]))
         mixed = attend(query, key, value, positions, key_positions, **scores)
     mixed = mixed.reshape(batch, length, -1)
-    return _linear(weights, "self_attn", "o_proj", mixed, save), cache
+    return _linear(weights, "o_proj", mixed, save), cache
 
 
 def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, save: Save):
     """`down(activate(gate x) · up x)`, of one dense network or of each token's experts."""
-    activate = activation(config)
+    activate, save = activation(config), _inside(save, "mlp")
     if "experts" in mlp:
-
-        def save_below(name: str, value: jax.Array) -> None:
-            save(f"mlp/{name}", value)
-
         return moe_feed_forward(
             x,
             mlp,
             activate,
             experts_per_token=config.experts_per_token,
             normalize=config.normalize_router,
-            save=save_below,
+            save=save,
         )
-    gate = _linear(mlp, "mlp", "gate_proj", x, save)
-    up = _linear(mlp, "mlp", "up_proj", x, save)
-    return _linear(mlp, "mlp", "down_proj", activate(gate) * up, save)
+    gate, up = project(mlp, "gate_up_proj", x, save)
+    return _linear(mlp, "down_proj", activate(gate) * up, save)
 
 
 def activation(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:

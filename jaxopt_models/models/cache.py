@@ -14,6 +14,7 @@ from flax import struct
 from jaxopt_models.errors import UserError
 from jaxopt_models.kv_quantizer import KVQuantizer
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.projections import widths
 from jaxopt_models.tree import size_in_bits
 
 
@@ -71,7 +72,7 @@ KVCache = tuple[LayerCache, ...]
 def empty_cache(
     config: ModelConfig, params: Any, batch: int, capacity: int, dtype: Any = None
 ) -> KVCache:
-    """Zeros for `capacity` positions of each row; widths are those of each layer's k_proj.
+    """Zeros for `capacity` positions of each row; widths are those of each layer's keys.
 
     A layer with a `kv_cache` holds codes, others hold `dtype`, by default the compute dtype.
     Separate arrays a layer, since a stacked cache is copied by the loop that carries it.
@@ -80,7 +81,8 @@ def empty_cache(
 
     def layer(weights: Any) -> LayerCache:
         attention = weights["self_attn"]
-        groups = attention["k_proj"]["weight"].shape[0] // config.head_dim
+        _, keys, _ = widths(attention, "qkv_proj")
+        groups = keys // config.head_dim
         shape = (batch, groups, capacity, config.head_dim)
         quantizer = attention.get("kv_cache")
         if quantizer is None:

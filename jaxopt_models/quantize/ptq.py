@@ -18,6 +18,7 @@ from jaxopt_models import tree
 from jaxopt_models.calibrate import Stream, check, head_statistics
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import orthogonal
+from jaxopt_models.inference import refuse_prepared
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
@@ -152,6 +153,7 @@ def _prepare(
 ) -> _Run:
     """Everything before the first layer."""
     total, calibration = _Clock(), _Clock()
+    refuse_prepared(model.params, "quantized")
     params, basis = dict(model.params), None
     methods = {path: rule.method for path, rule in recipe.plan(params).items()}
     if recipe.rotation.hidden:
