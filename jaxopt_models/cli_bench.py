@@ -138,6 +138,49 @@ def bench_kernels(
     report.out.print(kernel_table(result["rows"]))
 
 
+@bench.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Option(help="Shape: llama-8b, llama-1b or tiny.")] = "llama-8b",
+    format: Annotated[
+        list[str] | None, typer.Option(help="bf16, int4, nvfp4, mxfp4; may be repeated; else all.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows; may be repeated; else 1 8.")
+    ] = None,
+    context: Annotated[int, typer.Option(min=1, help="Positions of the cache.")] = 2048,
+    steps: Annotated[int, typer.Option(help="Of the timed loop, more than 8.")] = 136,
+    head: Annotated[
+        str, typer.Option(help="bf16, or same: the output head in the weights' format.")
+    ] = "bf16",
+    kv_format: Annotated[str, typer.Option(help="Of the cache: bf16 or fp8.")] = "bf16",
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for decode_<device>.json.")
+    ] = None,
+) -> None:
+    """Time the decode loop on random weights, beside bfloat16 and the memory limit."""
+    from jaxopt_models.bench import decode
+
+    result = decode.bench_decode(
+        model,
+        format or decode.FORMATS,
+        batch or (1, 8),
+        context=context,
+        steps=steps,
+        head=head,
+        kv_format=kv_format,
+        out=out,
+        progress=report.progress,
+    )
+    report.out.print(f"memory is read at {result['read_bytes_per_second'] / 1e12:.2f} TB/s")
+    for row in result["rows"]:
+        baseline = row["bf16_ms_per_step"]
+        report.out.print(
+            f"{model} {row['format']}, batch {row['batch']}: {row['ms_per_step']:.3f} ms a step, "
+            f"{row['tokens_per_s']:.0f} tokens/s, {row['byte_limit_fraction']:.0%} of the limit"
+            + (f", {baseline / row['ms_per_step']:.2f} x bfloat16" if baseline else "")
+        )
+
+
 @bench.command("quality")
 def bench_quality(
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],
