@@ -197,11 +197,16 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Most likely tokens kept; 0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations; else the checkpoint's. Kernels: bfloat16.")
+    ] = None,
 ) -> None:
     """Continue a prompt."""
     import jax
 
-    loaded = _load(model)
+    from jaxopt_models.inference import for_device
+
+    loaded = _load(model, dtype=dtype)
     tokenizer = data.tokenizer_of(loaded)
     if chat:
         if not tokenizer.chat_template:
@@ -213,7 +218,7 @@ def generate(
     with report.working("generating"):
         result = jom.generate(
             loaded.config,
-            loaded.params,
+            for_device(loaded.config, loaded.params),
             [ids],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -248,9 +253,9 @@ def demo(
         report.write_json(json, figures)
 
 
-def _load(name: str, host: bool = False) -> jom.Model:
+def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:
     with report.working(f"loading {name}"):
-        return jom.load(name, host=host)
+        return jom.load(name, host=host, dtype=dtype)
 
 
 def _batches(

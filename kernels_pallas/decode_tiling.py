@@ -68,8 +68,8 @@ def default_tiling(rows: int, tiles: int, columns: int, processors: int) -> Tili
     Estimated in bytes: the weights that it reads, half the activations that it keeps, what its
     warpgroups add at the end of each tile, and partial sums of a split K. A processor with fewer
     than four warpgroups does not have enough loads under way. Loads that run further ahead than two
-    steps help where there is but one tile, which they read at once. None if nothing fits: K is too
-    long for shared memory, and has no suitable factor.
+    steps help where there are few tiles. None if nothing fits: K is too long for shared memory, and
+    has no suitable factor.
     """
 
     def cost(tiling: Tiling) -> float:
@@ -80,13 +80,13 @@ def default_tiling(rows: int, tiles: int, columns: int, processors: int) -> Tili
         # Two corrections as measured on an H100.
         if rows <= 8 and rounds >= 4 and tiling.wk == 4:
             weights *= 0.95
-        if 1 < rounds < 4:
+        if 1 < rounds < 4 and tiling.split == 1:
             weights *= 1.4
         adding = rounds * 512 * tiling.wk
         partial_sums = 0.0
         if tiling.split > 1:  # and another kernel to add them
             partial_sums = 65536 + 8 * tiling.split * rows * ROWS * tiles / processors
-        if (rounds == 1) == (tiling.depth == 2):
+        if (rounds < 4) == (tiling.depth == 2):
             adding += 4096
         idle = 4 / min(4, tiling.wn * tiling.wk)
         return weights * idle + rows * part + adding + partial_sums

@@ -1,19 +1,24 @@
 """On a GPU: codes equal the CPU bit for bit, logits agree, decoding is in place."""
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxopt_models import fake_quant, generate, init, quantize_array
 from jaxopt_models.formats import FORMATS, resolve
 from jaxopt_models.generate import decode_loop, start
+from jaxopt_models.inference import prepare
 from jaxopt_models.models.cache import cache_bytes
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import forward
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.tree import map_with_path
+from jaxopt_models.tree import is_decoder_matrix, map_with_path
+from kernels_pallas.dispatch import hopper_processors
 
 pytestmark = pytest.mark.gpu
 
@@ -121,3 +126,26 @@ def test_decoding_is_in_place(batch):
     assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text() or "")
     memory = compiled.memory_analysis()
     assert memory is not None and memory.temp_size_in_bytes < cache_bytes((layer,))
+
+
+@pytest.mark.parametrize("name", ["bf16", "int4", "nvfp4", "mxfp4"])
+def test_a_prepared_model_takes_kernels_and_says_the_same(name):
+    """Up to bfloat16's roundings, which the two layouts make at different places."""
+    fields = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    fields |= {"num_key_value_heads": 2, "head_dim": 64}
+    config = replace(ModelConfig.from_hf(_config().to_hf() | fields), dtype="bfloat16")
+    options: dict[str, Any] = {"scale_dtype": "bfloat16"} if name == "int4" else {}
+
+    def leaf(path, weight):
+        quantized = name != "bf16" and is_decoder_matrix(path, weight)
+        return quantize_array(weight, name, **options) if quantized else weight
+
+    params = map_with_path(leaf, init(config, jax.random.key(0), jnp.bfloat16))
+    prepared, run = prepare(params), jax.jit(forward, static_argnums=0)
+    for length in (1, 7, 16, 40):
+        tokens = jnp.arange(length, dtype=jnp.int32)[None]
+        found, expected = (np.asarray(run(config, p, tokens)) for p in (prepared, params))
+        assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
+    text = run.lower(config, prepared, tokens[:, :4]).as_text()
+    kernels = name != "bf16" and hopper_processors() is not None
+    assert ("mosaic_gpu" in text) == kernels

@@ -19,7 +19,7 @@ def seconds_per_turn(
     Args:
       start: makes ready a loop of so many turns, untimed, and returns what runs it.
       turns: of the shorter and the longer loop.
-      repeats: the least time of so many runs counts, of each; one more of each compiles before.
+      repeats: the least time of so many runs counts, of each.
     """
 
     def seconds(count: int) -> float:
@@ -29,7 +29,8 @@ def seconds_per_turn(
         return time.perf_counter() - begin
 
     few, many = turns
-    seconds(few), seconds(many)
+    for count in turns:  # compiles
+        seconds(count)
     times = [(seconds(few), seconds(many)) for _ in range(repeats)]
     shorter, longer = (min(column) for column in zip(*times, strict=True))
     return (longer - shorter) / (many - few)

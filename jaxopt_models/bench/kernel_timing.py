@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxopt_models.bench.bandwidth import read_bandwidth
+
 L2 = 50 * 2**20
-_READ = 2**31  # bytes read to find out how fast memory can be read
 _LARGE = 8192  # rows and columns of the products whose rate is the ceiling
 _RATES = {"bf16_tflops": jnp.bfloat16, "fp8_tflops": jnp.float8_e4m3fn, "int8_tops": jnp.int8}
 
@@ -53,19 +54,13 @@ def ceilings(say: Callable[[str], None]) -> dict[str, float]:
       `fp8_tflops` and `int8_tops`, 10^12 operations a second, of products of 8192^3, both operands
       contiguous along the contraction; without the types that fail.
     """
-    found = {"read_tb_s": _reading()}
+    found = {"read_tb_s": read_bandwidth() / 1e12}
     for name, dtype in _RATES.items():
         try:
             found[name] = _rate(dtype)
         except Exception as error:  # the others' rates are worth having
             say(f"{name} was not measured: {type(error).__name__}: {error}")
     return found
-
-
-def _reading() -> float:
-    data = jax.random.normal(jax.random.key(0), (_READ // 4,), jnp.float32)
-    largest = jax.jit(lambda least, array: jnp.maximum(least, jnp.max(array)))
-    return _READ / microseconds(largest, jnp.float32(0), [data]) / 1e6
 
 
 def _rate(dtype: Any) -> float:
