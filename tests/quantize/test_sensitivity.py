@@ -80,7 +80,8 @@ def brute_force(config, path: str, leaf: Any, rows: np.ndarray, monkeypatch) -> 
     """½ Σ (dL/dδ · (Ŷ - Y))², δ added to the product of one linear, by a patched forward pass."""
     weight = dict(tree.leaves_with_paths(params(config)))[path]
     routed = weight.ndim == 3
-    module = import_module(f"jaxopt_models.models.{'moe' if routed else 'block'}")
+    names = ["moe"] if routed else ["block", "projections"]
+    modules = [import_module(f"jaxopt_models.models.{name}") for name in names]
     original = expert_linear if routed else linear
     tap = path.removesuffix("weight") + "input"
     taps = [tap] + (["layers/*/group_sizes"] if routed else [])
@@ -95,7 +96,8 @@ def brute_force(config, path: str, leaf: Any, rows: np.ndarray, monkeypatch) -> 
             return out + delta if w is weight else out
 
         with monkeypatch.context() as patch:
-            patch.setattr(module, original.__name__, patched)
+            for module in modules:
+                patch.setattr(module, original.__name__, patched)
             # Without its own jit, weights keep their identity within the one around it all.
             patch.setattr(transformer, "block", inspect.unwrap(transformer.block))
             log_p = jax.nn.log_softmax(forward(config, params(config), jnp.asarray(rows)))
