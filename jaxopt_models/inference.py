@@ -22,8 +22,8 @@ from jaxopt_models.models.projections import JOINED
 from jaxopt_models.packed import PackedTensor, pack_leaf
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path
 from kernels_pallas import FourBit, concatenate
-from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.four_bit import BLOCK_ROWS
+from kernels_pallas.hopper import hopper_processors
 
 
 def prepare(params: Any, *, join: bool = True) -> Any:

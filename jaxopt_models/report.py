@@ -167,16 +167,23 @@ def mixture_line(choice: Choice) -> str:
     return f"{', '.join(parts)}, predicted KL {choice.score:.4f} nats a token"
 
 
-def _table(title: str, name: str, columns: Sequence[str]) -> Table:
-    """An empty table: names on the left, figures on the right."""
-    table = Table(
+def empty_table(title: str, caption: str | None = None) -> Table:
+    """A table as all of ours look; columns and rows are the caller's."""
+    return Table(
         title=title,
         title_justify="left",
+        caption=caption,
+        caption_justify="left",
         header_style="bold",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
+
+
+def _table(title: str, name: str, columns: Sequence[str]) -> Table:
+    """An empty table: names on the left, figures on the right."""
+    table = empty_table(title)
     table.add_column(name, justify="left", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from kernels_pallas.four_bit import ROWS, STEP
+from kernels_pallas.hopper import SHARED_MEMORY
 
 MOST_ROWS = 16
-SHARED_MEMORY = 232448  # bytes of one CTA on Hopper
 PADDED = 72  # 64 sums and 8 that keep rows in different banks
 
 
@@ -27,18 +27,13 @@ class Tiling:
     split: int = 1
     depth: int = 2
 
-    @property
-    def adders(self) -> int:
-        """Warpgroups that take turns in adding the parts of a tile."""
-        return min(self.wk, 4)
-
     def steps(self, columns: int) -> int:
         """Steps of a warpgroup for each tile."""
         return columns // STEP // (self.split * self.wk)
 
     def shared_memory(self, rows: int, columns: int) -> int:
         activations = rows * columns // self.split * 2
-        return activations + self.adders * self.wn * self.wk * rows * PADDED * 4 + 1024
+        return activations + self.wn * self.wk**2 * rows * PADDED * 4 + 1024
 
     def fits(self, rows: int, tiles: int, columns: int) -> bool:
         parts = self.split * self.wk
@@ -88,7 +83,7 @@ def default_tiling(rows: int, tiles: int, columns: int, processors: int) -> Tili
             partial_sums = 65536 + 8 * tiling.split * rows * ROWS * tiles / processors
         if (rounds < 4) == (tiling.depth == 2):
             adding += 4096
-        idle = 4 / min(4, tiling.wn * tiling.wk)
+        idle = 4 / (tiling.wn * tiling.wk)
         return weights * idle + rows * part + adding + partial_sums
 
     return min(tilings(rows, tiles, columns), key=cost, default=None)

@@ -6,7 +6,6 @@ There are kernels for Hopper (compute capability 9.0) and bfloat16: `w4a16_decod
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from kernels_pallas import reference, tuning
 from kernels_pallas.batching import rows_together
 from kernels_pallas.decode_tiling import MOST_ROWS, Tiling, default_tiling, padded_rows
 from kernels_pallas.four_bit import BLOCK_ROWS, ROWS, STEP, FourBit
+from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.w4a16_decode import w4a16_decode
 from kernels_pallas.w4a16_wide import w4a16_wide
@@ -94,38 +94,14 @@ def _kernel_for(x: jax.Array, weight: FourBit) -> Callable[[jax.Array, FourBit],
     processors = hopper_processors()
     if processors is None or x.dtype != jnp.bfloat16 or len(x) == 0:
         return None
-    tiles, words = weight.codes.shape
-    columns = words // 2
+    tiles, columns = weight.tiles, weight.columns
+    product = weight.kind, len(x), *weight.shape, jax.devices()[0].device_kind
     if len(x) <= MOST_ROWS:
         sizes = padded_rows(len(x)), tiles, columns
-        tiling = _tuned(Tiling, "w4a16_decode", x, weight, sizes)
+        tiling = tuning.find(Tiling, "w4a16_decode", *product, lambda t: t.fits(*sizes))
         tiling = tiling or default_tiling(*sizes, processors)
         if tiling is not None:
             return partial(w4a16_decode, tiling=tiling, processors=processors)
-    tiling = _tuned(WideTiling, "w4a16_wide", x, weight, (tiles, columns))
+    tiling = tuning.find(WideTiling, "w4a16_wide", *product, lambda t: t.fits(tiles, columns))
     tiling = tiling or default_wide_tiling(len(x), tiles, columns, processors)
     return tiling and partial(w4a16_wide, tiling=tiling, processors=processors)
-
-
-def _tuned(
-    kind: Callable[..., Any], operation: str, x: jax.Array, weight: FourBit, sizes: tuple[int, ...]
-) -> Any:
-    """The tiling in a table, None if there is none."""
-
-    def make(**fields: int) -> Any:
-        tiling = kind(**fields)
-        if not tiling.fits(*sizes):
-            raise ValueError("it does not fit")
-        return tiling
-
-    n, k = weight.shape
-    name = jax.devices()[0].device_kind
-    return tuning.find(make, operation, weight.kind, len(x), n, k, name)
-
-
-def hopper_processors() -> int | None:
-    """Streaming multiprocessors of the default device; None if it is no Hopper GPU."""
-    device = jax.devices()[0]
-    if device.platform != "gpu" or float(device.compute_capability) != 9.0:
-        return None
-    return device.core_count

@@ -79,6 +79,16 @@ class FourBit:
     kind: Kind
     shape: tuple[int, int]
 
+    @property
+    def tiles(self) -> int:
+        """N' / 16."""
+        return self.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """K'."""
+        return self.codes.shape[1] // 2
+
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K], exact."""
         values = values_of(self.codes, self.scales, self.kind)

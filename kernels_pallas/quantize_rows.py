@@ -26,7 +26,6 @@ from jaxlib.mlir.dialects import arith
 
 from kernels_pallas import instructions as ptx
 from kernels_pallas.batching import one_by_one
-from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.eight_bit import (
     BLOCK,
     Kind,
@@ -38,7 +37,9 @@ from kernels_pallas.eight_bit import (
     scale_and_inverse,
     scale_shape,
 )
+from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
+from kernels_pallas.registers import layout
 
 Source = Literal["rows", "rms_norm", "silu_mul"]
 _MOST_BLOCKS = 64  # of a piece, as many registers of a thread
@@ -290,6 +291,4 @@ def _layout(blocks: int) -> Any:
     """[blocks, 128]: 16 lanes, or 32, hold a block's row, and the warps neighbouring ones."""
     vector = 8 if blocks % 8 == 0 else 4
     rows = vector // 4
-    tiling = plgpu.Tiling(((4 * rows, BLOCK), (rows, BLOCK), (1, vector)))
-    layout = mgpu.TiledLayout(tiling, (-6,), (-4, -3), -1, _check_canonical=False).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+    return layout(((4 * rows, BLOCK), (rows, BLOCK), (1, vector)), (-6,), (-4, -3))

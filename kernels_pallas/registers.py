@@ -25,8 +25,3 @@ def array(registers: Any, layout: Any, shape: tuple[int, ...], *, signed: Any = 
     own = layout.to_mgpu()
     shaped = np.array(registers, dtype=object).reshape(own.registers_shape(shape))
     return mgpu.FragmentedArray(_registers=shaped, _layout=own, _is_signed=signed)
-
-
-def rounded(size: int, tile: int) -> int:
-    """A size that a tiled copy from or to an array can have: below a tile, or whole tiles."""
-    return size if size < tile else -(-size // tile) * tile

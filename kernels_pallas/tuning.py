@@ -48,7 +48,14 @@ def bucket(m: int) -> int:
 
 
 def find[T](
-    make: Callable[..., T], operation: str, kind: str, m: int, n: int, k: int, device: str
+    make: Callable[..., T],
+    operation: str,
+    kind: str,
+    m: int,
+    n: int,
+    k: int,
+    device: str,
+    fits: Callable[[T], bool] = lambda tiling: True,
 ) -> T | None:
     """The tiling that was fastest for a product.
 
@@ -61,6 +68,7 @@ def find[T](
       n: rows of the weight.
       k: columns of the weight.
       device: as JAX names it, e.g. "NVIDIA H100 80GB HBM3".
+      fits: whether the kernel can use it.
 
     Returns:
       What `make` gives; None if neither file has an entry.
@@ -74,7 +82,10 @@ def find[T](
         if fields is None:
             continue
         try:
-            return make(**fields)
+            tiling = make(**fields)
+            if not fits(tiling):
+                raise ValueError("it does not fit")
+            return tiling
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} has a tiling {fields} for {operation} {kind}, M to {problem.m}, {n} x {k} "

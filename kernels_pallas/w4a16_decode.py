@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.decode_tiling import MOST_ROWS, PADDED, Tiling, default_tiling, padded_rows
 from kernels_pallas.four_bit import ROWS, SCALE_WORDS, STEP, FourBit, Kind
 from kernels_pallas.fragments import Fragments
-from kernels_pallas.registers import rounded
+from kernels_pallas.hopper import rounded, tiled_memory
 
 
 @partial(jax.jit, static_argnames=("tiling", "processors", "interpret"))
@@ -54,8 +54,7 @@ def w4a16_decode(
         raise ValueError(f"x is {x.dtype}{x.shape}; needed is bfloat16 [M, {weight.shape[1]}]")
     if not 0 < x.shape[0] <= MOST_ROWS:
         raise ValueError(f"x has {x.shape[0]} rows; this kernel takes 1 to {MOST_ROWS}")
-    tiles, words = weight.codes.shape
-    rows, columns = padded_rows(len(x)), words // 2
+    rows, tiles, columns = padded_rows(len(x)), weight.tiles, weight.columns
     tiling = tiling or default_tiling(rows, tiles, columns, processors)
     if tiling is None or not tiling.fits(rows, tiles, columns):
         raise ValueError(f"{tiling or 'no tiling'} fits {tiles} x 16 rows, {columns} columns")
@@ -144,21 +143,16 @@ class _Refs(NamedTuple):
 
 def _kernel(plan: _Plan):
     """(x, codes, scales, factor) -> `plan.out`."""
-    wn, wk, adders = plan.tiling.wn, plan.tiling.wk, plan.tiling.adders
-    # In rows of 128 bytes whose 16-byte pieces are permuted, so that lanes read different banks.
-    swizzled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
+    wn, wk = plan.tiling.wn, plan.tiling.wk
     return plgpu.kernel(
         lambda *refs: _all_tiles(plan, _Refs(*refs)),
         out_type=plan.out,
         scratch_types=(
-            plgpu.SMEM((wk * plan.pieces, plan.rows, 128), jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM((wn * adders, wk, plan.rows, PADDED), jnp.float32),
+            tiled_memory((wk * plan.pieces, plan.rows, 128), jnp.bfloat16),
+            plgpu.SMEM((wn * wk, wk, plan.rows, PADDED), jnp.float32),
             plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=wk),
-            plgpu.Barrier(num_arrivals=wk, num_barriers=wn * adders),
-            plgpu.Barrier(num_arrivals=1, num_barriers=wn * adders),
+            plgpu.Barrier(num_arrivals=wk, num_barriers=wn * wk),
+            plgpu.Barrier(num_arrivals=1, num_barriers=wn * wk),
         ),
         grid=(plan.ctas, plan.tiling.split),
         grid_names=("cta", "part"),
@@ -192,7 +186,7 @@ def _all_tiles(plan: _Plan, refs: _Refs) -> None:
     def drain(turn, _):
         plgpu.barrier_wait(refs.free.at[_buffer(plan, turn)])
 
-    lax.fori_loop(lax.max(turns - plan.tiling.adders, 0), turns, drain, None)
+    lax.fori_loop(lax.max(turns - plan.tiling.wk, 0), turns, drain, None)
 
 
 def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, jax.Array]:
@@ -245,12 +239,12 @@ def _one_tile(plan: _Plan, refs: _Refs, turn: Any, loaded: list[Any], left: int 
 def _hand_over(plan: _Plan, refs: _Refs, turn: Any, sums: jax.Array) -> None:
     """Adds what warps and warpgroups have of a tile; one warpgroup does, each in its turn."""
     fragments, (_, my_part) = plan.fragments, plan.place()
-    wk, adders, mine = plan.tiling.wk, plan.tiling.adders, _buffer(plan, turn)
-    pl.when(turn >= adders)(lambda: plgpu.barrier_wait(refs.free.at[mine]))
+    wk, mine = plan.tiling.wk, _buffer(plan, turn)
+    pl.when(turn >= wk)(lambda: plgpu.barrier_wait(refs.free.at[mine]))
     refs.parts[mine, my_part, :, pl.ds(0, 64)] = sums
     plgpu.barrier_arrive(refs.full.at[mine])
 
-    @pl.when(my_part == lax.rem(turn, adders))
+    @pl.when(my_part == lax.rem(turn, wk))
     def _():
         plgpu.barrier_wait(refs.full.at[mine])
         total = None
@@ -267,5 +261,4 @@ def _hand_over(plan: _Plan, refs: _Refs, turn: Any, sums: jax.Array) -> None:
 
 def _buffer(plan: _Plan, turn: Any) -> Any:
     """Of sums, and its barriers: those of an adder of this warpgroup's tile."""
-    adders = plan.tiling.adders
-    return plan.place()[0] * adders + lax.rem(turn, adders)
+    return plan.place()[0] * plan.tiling.wk + lax.rem(turn, plan.tiling.wk)

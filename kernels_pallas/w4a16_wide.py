@@ -22,14 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.four_bit import ROWS, STEP, FourBit, Kind
-from kernels_pallas.registers import rounded
+from kernels_pallas.hopper import REGISTERS, fill_ring, rounded, tiled_memory
 from kernels_pallas.wide_fragments import UNIT, WideFragments
 from kernels_pallas.wide_tiling import WideTiling, default_wide_tiling
 
 _UNROLLED = STEP // UNIT  # units of a loop's turn
-# Of a thread that copies and one that multiplies, by warpgroups that multiply: together no more
-# than what a CTA starts with, else they wait for each other forever.
-_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (40, 152), 4: (24, 112)}
 
 
 @partial(jax.jit, static_argnames=("tiling", "processors", "interpret"))
@@ -63,8 +60,7 @@ def w4a16_wide(
     (m, k), (n, wanted) = x.shape, weight.shape
     if x.dtype != jnp.bfloat16 or k != wanted:
         raise ValueError(f"x is {x.dtype}{x.shape}; needed is bfloat16 [M, {wanted}]")
-    tiles, words = weight.codes.shape
-    columns = words // 2
+    tiles, columns = weight.tiles, weight.columns
     tiling = tiling or default_wide_tiling(m, tiles, columns, processors)
     if tiling is None or not tiling.fits(tiles, columns):
         raise ValueError(f"{tiling or 'no tiling'} fits {tiles} x 16 rows, {columns} columns")
@@ -165,19 +161,15 @@ def _kernel(plan: _Plan):
 
         @pl.when(me == multiplying)
         def _():
-            plgpu.set_max_registers(_REGISTERS[multiplying][0], action="decrease")
+            plgpu.set_max_registers(REGISTERS[multiplying][1], action="decrease")
             _copy_activations(plan, refs)
 
         @pl.when(me < multiplying)
         def _():
-            plgpu.set_max_registers(_REGISTERS[multiplying][1], action="increase")
+            plgpu.set_max_registers(REGISTERS[multiplying][0], action="increase")
             lax.fori_loop(0, plan.turns(), lambda turn, _: _one_tile(plan, refs, turn), None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    swizzled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
     ring = (tiling.stages, tiling.span, tiling.tokens, UNIT)
     result = (multiplying, tiling.across, tiling.tokens if tiling.split == 1 else 8, 64)
     sums = [plgpu.SMEM((multiplying, height, tiling.tokens), jnp.float32)]
@@ -185,8 +177,8 @@ def _kernel(plan: _Plan):
         body,
         out_type=plan.out,
         scratch_types=(
-            plgpu.SMEM(ring, jnp.bfloat16, transforms=swizzled),
-            plgpu.SMEM(result, jnp.bfloat16, transforms=swizzled),
+            tiled_memory(ring, jnp.bfloat16),
+            tiled_memory(result, jnp.bfloat16),
             plgpu.Barrier(num_arrivals=tiling.span, num_barriers=tiling.stages),
             plgpu.Barrier(num_arrivals=multiplying, num_barriers=tiling.stages),
             *(sums if plan.interpret else []),
@@ -206,23 +198,16 @@ def _kernel(plan: _Plan):
 def _copy_activations(plan: _Plan, refs: _Refs) -> None:
     """Fills the ring, for all tiles, as slots become empty."""
     tokens, stages, span = plan.tiling.tokens, plan.tiling.stages, plan.tiling.span
-    total = plan.turns() * plan.slots
     first = lax.axis_index("part") * plan.units
 
-    def one_slot(count, _):
-        turn, place = lax.div(count, plan.slots), lax.rem(count, plan.slots)
-        slot = lax.rem(count, stages)
-        pl.when(count >= stages)(lambda: plgpu.barrier_wait(refs.empty.at[slot]))
+    def fill(turn, place, slot):
+        rows = pl.ds(plan.tile(turn)[0] * tokens, tokens)
+        for i in range(span):
+            unit = first + place * span + i
+            part = refs.x.at[rows, pl.ds(unit * UNIT, UNIT)]
+            plgpu.copy_gmem_to_smem(part, refs.ring.at[slot, i], refs.full.at[slot])
 
-        @pl.when(count < total)
-        def _():
-            rows = pl.ds(plan.tile(turn)[0] * tokens, tokens)
-            for i in range(span):
-                unit = first + place * span + i
-                part = refs.x.at[rows, pl.ds(unit * UNIT, UNIT)]
-                plgpu.copy_gmem_to_smem(part, refs.ring.at[slot, i], refs.full.at[slot])
-
-    lax.fori_loop(0, total + stages, one_slot, None)  # until the last is empty
+    fill_ring(plan.turns(), plan.slots, stages, refs.empty, fill)
 
 
 def _one_tile(plan: _Plan, refs: _Refs, turn: Any) -> None:

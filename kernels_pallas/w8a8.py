@@ -14,8 +14,8 @@ from jax import lax
 
 from kernels_pallas import tuning
 from kernels_pallas.batching import one_by_one, rows_together
-from kernels_pallas.dispatch import hopper_processors
 from kernels_pallas.eight_bit import BLOCK, EightBit, scale_shape
+from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.quantize_rows import quantize_rows
 from kernels_pallas.w8a8_kernel import has_kernel, w8a8_kernel
@@ -86,26 +86,15 @@ def _local(codes: jax.Array, scales: jax.Array, weight: EightBit) -> jax.Array:
     processors = hopper_processors()
     if processors is None or not has_kernel(len(codes), *weight.shape):
         return w8a8_reference(codes, scales, weight)
-    tiling = _tuned(len(codes), weight)
+    product = weight.kind, len(codes), *weight.shape, jax.devices()[0].device_kind
+    blocked = weight.kind == "fp8_block"
+    tiling = tuning.find(EightBitTiling, "w8a8", *product, lambda t: t.fits(blocked))
 
     def kernel(codes: jax.Array, scales: jax.Array, weight: EightBit) -> jax.Array:
         own = weight.codes, weight.scales
         return w8a8_kernel(codes, scales, *own, tiling, processors=processors)
 
     return lax.platform_dependent(codes, scales, weight, cuda=kernel, default=w8a8_reference)
-
-
-def _tuned(m: int, weight: EightBit) -> EightBitTiling | None:
-    """The tiling in a table, None if there is none."""
-
-    def make(**fields: int) -> EightBitTiling:
-        tiling = EightBitTiling(**fields)  # pyright: ignore[reportArgumentType]: bools are ints
-        if not tiling.fits(weight.kind == "fp8_block"):
-            raise ValueError("it does not fit")
-        return tiling
-
-    device = jax.devices()[0].device_kind
-    return tuning.find(make, "w8a8", weight.kind, m, *weight.shape, device)
 
 
 @jax.jit

@@ -17,11 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import REGISTERS, fill_ring
 from kernels_pallas.w8a8_tiling import STEP, EightBitTiling
 
-# Registers of a thread that multiplies, and of one that copies. With one warpgroup of each kind all
-# have as many as an instruction can name.
-_REGISTERS = {2: (232, 40), 3: (160, 32), 4: (112, 24)}
 _BLOCK = 128  # channels, and columns, that share a scale
 _WIDEST = 128  # columns of sums that are kept twice
 
@@ -78,26 +76,15 @@ class Cta:
 
     def copy(self) -> None:
         """Fills slots as they become free, and leaves when the last one is."""
-        stages, steps = self.tiling.stages, self.steps
-        if self.tiling.warpgroups in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][1], action="decrease")
-        count_of_all = self.turns * steps
+        if self.tiling.warpgroups > 1:  # else all have as many as an instruction can name
+            plgpu.set_max_registers(REGISTERS[self.tiling.warpgroups][1], action="decrease")
 
-        def one_slot(count, _):
-            turn, step = lax.div(count, steps), lax.rem(count, steps)
-            slot = lax.rem(count, stages)
+        def fill(turn, step, slot):
+            if not self.blocked:
+                pl.when(step == 0)(lambda: self._copy_scales(turn))
+            self._copy_slot(turn, step, slot)
 
-            @pl.when(count >= stages)
-            def _():
-                plgpu.barrier_wait(self.scratch["empty"].at[slot])
-
-            @pl.when(count < count_of_all)
-            def _():
-                if not self.blocked:
-                    pl.when(step == 0)(lambda: self._copy_scales(turn))
-                self._copy_slot(turn, step, slot)
-
-        lax.fori_loop(0, count_of_all + stages, one_slot, None)
+        fill_ring(self.turns, self.steps, self.tiling.stages, self.scratch["empty"], fill)
         if not self.blocked:
             self._await_use(self.turns - 2)
             self._await_use(self.turns - 1)
@@ -146,8 +133,8 @@ class Cta:
             plgpu.barrier_wait(self.scratch["used"].at[lax.rem(turn, 2)])
 
     def multiply(self) -> None:
-        if self.tiling.warpgroups in _REGISTERS:
-            plgpu.set_max_registers(_REGISTERS[self.tiling.warpgroups][0], action="increase")
+        if self.tiling.warpgroups > 1:
+            plgpu.set_max_registers(REGISTERS[self.tiling.warpgroups][0], action="increase")
 
         def one_tile(turn, _):
             if self.blocked:

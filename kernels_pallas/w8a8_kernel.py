@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.hopper import rounded, tiled_memory
 from kernels_pallas.w8a8_cta import Cta
 from kernels_pallas.w8a8_tiling import STEP, EightBitTiling, default_tiling, scale_places
 
@@ -63,7 +64,7 @@ def w8a8_kernel(
     tiling = tiling or default_tiling(m, n, k, processors, blocked)
     if not tiling.fits(blocked):
         raise ValueError(f"{tiling} does not fit a Hopper processor")
-    sizes = (_up(m, 8) if m > 8 else m), n, k
+    sizes = rounded(m, 8), n, k
     if interpret:
         sizes = _up(m, tiling.tokens), _up(n, tiling.channels * tiling.cluster), _up(k, STEP)
         weight = _padded(weight, sizes[1:])
@@ -102,9 +103,9 @@ def _kernel(
         body,
         out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
         scratch_types={
-            "x_ring": _tiled((tiling.stages, tiling.tokens, STEP), dtype, k),
-            "weight_ring": _tiled((tiling.stages, tiling.channels, STEP), weight_dtype, k),
-            "result": _tiled((tiling.warpgroups, 2, *tiling.piece), jnp.bfloat16, n),
+            "x_ring": tiled_memory((tiling.stages, tiling.tokens, STEP), dtype, k),
+            "weight_ring": tiled_memory((tiling.stages, tiling.channels, STEP), weight_dtype, k),
+            "result": tiled_memory((tiling.warpgroups, 2, *tiling.piece), jnp.bfloat16, n),
         }
         | _scales_and_barriers(tiling, blocked),
         grid=(clusters,),
@@ -140,17 +141,6 @@ def _scales_and_barriers(t: EightBitTiling, blocked: bool) -> dict[str, Any]:
         "scaled": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "used": plgpu.Barrier(**readers, num_barriers=2),
     }
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any, columns: int) -> Any:
-    """Shared memory in tiles of 8 rows of up to 128 bytes, whose 16-byte pieces are permuted."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = math.gcd(128, shape[-1] * itemsize, columns * itemsize)
-    transforms = (
-        plgpu.TilingTransform((8, swizzle // itemsize)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _padded(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from kernels_pallas.hopper import SHARED_MEMORY
+
 STEP = 128  # columns of a slot: a row is 128 bytes, the widest swizzle
-SHARED_MEMORY = 232448  # bytes of one CTA on Hopper
 _MOST_STAGES = 16
 # Clocks of one processor on an H100: multiplications of 8 bits, bytes from the L2 cache, and bytes
 # from memory if all processors read at once.

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from kernels_pallas.decode_tiling import SHARED_MEMORY
 from kernels_pallas.four_bit import ROWS, STEP
+from kernels_pallas.hopper import SHARED_MEMORY
 from kernels_pallas.wide_fragments import UNIT
 
 

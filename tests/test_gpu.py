@@ -18,7 +18,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import forward
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.tree import is_decoder_matrix, map_with_path
-from kernels_pallas.dispatch import hopper_processors
+from kernels_pallas.hopper import hopper_processors
 
 pytestmark = pytest.mark.gpu
 

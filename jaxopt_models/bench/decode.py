@@ -6,7 +6,6 @@ included. Attention reads the whole capacity of the cache, however much of it is
 """
 
 import gc
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,6 +31,7 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.qtensor import quantize_array
 from jaxopt_models.report import write_json
 from jaxopt_models.sampling import make_sampler
+from kernels_pallas.tuning import slug
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
 _GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -199,7 +199,7 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 def _file(out: Path) -> Path:
     """The file, its directory made."""
-    name = re.sub(r"\W+", "_", jax.devices()[0].device_kind.lower())
+    name = slug(jax.devices()[0].device_kind)
     file = out if out.suffix == ".json" else out / f"decode_{name}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -116,8 +116,7 @@ def _decoded(m: int, weight: FourBit) -> tuple[int, int, int]:
 
 
 def _wide(weight: FourBit) -> tuple[int, int]:
-    tiles, words = weight.codes.shape
-    return tiles, words // 2
+    return weight.tiles, weight.columns
 
 
 _W4A16_DECODE = Operation(

@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from jaxopt_models.bench.quality_results import device, today
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
-from jaxopt_models.report import write_json
+from jaxopt_models.report import empty_table, write_json
 
 _PACKAGES = ("jaxopt-models", "jax", "jaxlib")
 
@@ -136,16 +135,10 @@ def row_line(row: dict[str, Any], ceilings: dict[str, float]) -> str:
 
 def kernel_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ours beside XLA, the best peer and the limits, a row for each product."""
-    table = Table(
-        title="kernels, microseconds",
-        title_justify="left",
-        caption="read, flop: part of the time that reading the weight, or multiplying at the "
+    table = empty_table(
+        "kernels, microseconds",
+        "read, flop: part of the time that reading the weight, or multiplying at the "
         "highest rate, would take; x: our time over the peer's",
-        caption_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
     )
     table.add_column("op", no_wrap=True)
     for column in ("N x K", "M", "us", "read", "flop", "bf16", "peer", "x"):

@@ -17,7 +17,7 @@ from jaxopt_models.bench.kernel_timing import Dense, copies, microseconds
 from jaxopt_models.bench.quality_results import device
 from jaxopt_models.errors import UserError
 from kernels_pallas import tuning
-from kernels_pallas.dispatch import hopper_processors
+from kernels_pallas.hopper import hopper_processors
 
 # (N, K) of Llama 3.1's products: q/k/v together, output, gate/up together, down.
 SHAPES = {

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich import box
 from rich.table import Table
 
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
-from jaxopt_models.report import write_json
+from jaxopt_models.report import empty_table, write_json
 
 # What decides whether two figures compare.
 _DECISIVE = ("calibration_text", "evaluation_text", "windows", "length")
@@ -105,16 +104,10 @@ def today() -> str:
 
 def quality_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Ours beside the reference's, where there is one, a row for each model and recipe."""
-    table = Table(
-        title="quality, ours beside the reference's",
-        title_justify="left",
-        caption="s: calibration and quantization; x: ours over theirs; *: the reference has no "
+    table = empty_table(
+        "quality, ours beside the reference's",
+        "s: calibration and quantization; x: ours over theirs; *: the reference has no "
         "such configuration, this is its best of the format",
-        caption_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
     )
     table.add_column("recipe", overflow="fold")
     figures = ("bits", "ppl", "top-1", "KL", "theirs", "x", "s", "theirs", "x", "MiB")
