@@ -5,8 +5,11 @@ y = w4a16(x, weight)                  # x [M, K] bfloat16 -> [M, N]
 
 weight = EightBit(codes, scales, "fp8")
 y = w8a8(x, weight)                   # activations quantized, then multiplied
+
+mixed = cached_attention(query, key, value, positions, scale=d**-0.5)
 """
 
+from kernels_pallas.attention import cached_attention
 from kernels_pallas.dispatch import w4a16
 from kernels_pallas.eight_bit import EightBit
 from kernels_pallas.four_bit import FourBit, concatenate, pack_int4, pack_mxfp4, pack_nvfp4
@@ -16,6 +19,7 @@ from kernels_pallas.w8a8 import w8a8, w8a8_product
 __all__ = [
     "EightBit",
     "FourBit",
+    "cached_attention",
     "concatenate",
     "pack_int4",
     "pack_mxfp4",

@@ -28,6 +28,22 @@ def rows_together(
     return batched
 
 
+def batches_together(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A function of arrays [B, …] that takes a batch of them as [batch · B, …]."""
+    batched = jax.custom_batching.custom_vmap(function)
+
+    @batched.def_vmap
+    def _(size: int, has: Any, *arguments: jax.Array) -> tuple[jax.Array, bool]:
+        def merged(array: jax.Array, own: bool) -> jax.Array:
+            whole = array if own else jnp.broadcast_to(array, (size, *array.shape))
+            return whole.reshape(-1, *whole.shape[2:])
+
+        out = batched(*map(merged, arguments, has))
+        return out.reshape(size, -1, *out.shape[1:]), True
+
+    return batched
+
+
 def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays that goes through a batch one by one."""
     batched = jax.custom_batching.custom_vmap(function)

@@ -10,3 +10,50 @@ def w4a16(x: jax.Array, weight: FourBit) -> jax.Array:
     """`x @ weight.T`, the weight rounded to the dtype of `x`, sums in float32: [M, N]."""
     dense = weight.dequantize().astype(x.dtype)
     return jnp.matmul(x, dense.T, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal grouped-query attention, `softmax(scale · q kᵀ + mask) v`, scores in float32.
+
+    A query at position p sees keys at positions in (p - window, p].
+
+    Args:
+      query: [B, T, H, d].
+      key, value: [B, G, S, d], H a multiple of G.
+      query_positions: int32 [B, T], or [1, T] for all rows.
+      key_positions: int32 [B, S], or [1, S]; a key that must not be seen has one past every query.
+      scale: factor on q·k.
+      window: number of keys a query sees, itself included; None is unlimited.
+      softcap: c of `c · tanh(scores / c)`; None is off.
+
+    Returns:
+      [B, T, H, d] in the dtype of `query`.
+    """
+    batch, length, heads, dim = query.shape
+    groups = key.shape[1]
+    sharing = heads // groups
+    # The heads that read one key are rows of one product with it, head by head, R = sharing · T:
+    # so scores come out as softmax reads them, and no copy of them is transposed.
+    by_key = jnp.moveaxis(query.reshape(batch, length, groups, sharing, dim), 1, 3)
+    rows = by_key.reshape(batch, groups, sharing * length, dim)
+    scores = jnp.einsum("bgrd,bgsd->bgrs", rows, key, preferred_element_type=jnp.float32)
+    scores = scores * jnp.float32(scale)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    q, k = jnp.tile(query_positions, (1, sharing))[:, :, None], key_positions[:, None, :]
+    visible = k <= q if window is None else (k <= q) & (k > q - window)
+    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)
+    by_position = jnp.moveaxis(mixed.reshape(by_key.shape), 3, 1)
+    return by_position.astype(query.dtype).reshape(batch, length, heads, dim)

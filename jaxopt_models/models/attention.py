@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_models.models.config import Rope
+from kernels_pallas import cached_attention
+from kernels_pallas.reference import attention
 
 _QUERY_CHUNK = 1024  # most queries of which scores are held at once
 _LEAST_CHUNK = 128  # fewer make products too small to be worth the keys they spare
@@ -54,27 +56,25 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def attend(
+def cached_attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    query_positions: jax.Array,
-    key_positions: jax.Array,
+    positions: jax.Array,
     *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """Causal grouped-query attention, `softmax(scale · q kᵀ + mask) v`, scores in float32.
+    """Causal grouped-query attention to a cache, whose slot s is position s.
 
-    Query at position p sees keys at positions in (p - window, p]. Long queries are processed in
+    Few queries take a kernel (`kernels_pallas.cached_attention`). Long ones are processed in
     chunks, so that scores take [B, H, 1024, S] rather than [B, H, T, S].
 
     Args:
       query: [B, T, H, d].
       key, value: [B, G, S, d], H a multiple of G.
-      query_positions: int32 [B, T].
-      key_positions: int32 [B, S]; a key that must not be seen has a position past every query's.
+      positions: int32 [B, T], of queries.
       scale: factor on q·k.
       window: number of keys a query sees, itself included; None is unlimited.
       softcap: c of `c · tanh(scores / c)`; None is off.
@@ -84,8 +84,8 @@ def attend(
     """
 
     def chunk(part: slice) -> jax.Array:
-        rows, at = query[:, part], query_positions[:, part]
-        return _attend(rows, key, value, at, key_positions, scale, window, softcap)
+        options = {"scale": scale, "window": window, "softcap": softcap}
+        return cached_attention(query[:, part], key, value, positions[:, part], **options)
 
     return _in_chunks(query.shape[1], _QUERY_CHUNK, chunk)
 
@@ -99,7 +99,7 @@ def self_attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> jax.Array:
-    """`attend` of whole sequences: key i is that of query i, and positions are consecutive.
+    """Attention in whole sequences: key i is that of query i, and positions are consecutive.
 
     A chunk of queries is multiplied only with keys that one of its queries sees: with four chunks
     that is 5/8 of all scores, and less under a window.
@@ -107,19 +107,20 @@ def self_attend(
     Args:
       query: [B, T, H, d].
       key, value: [B, G, T, d], H a multiple of G.
-      scale, window, softcap: as in `attend`.
+      scale, window, softcap: as in `cached_attend`.
 
     Returns:
       [B, T, H, d] in the dtype of `query`.
     """
     length = query.shape[1]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
+    options = {"scale": scale, "window": window, "softcap": softcap}
 
     def chunk(part: slice) -> jax.Array:
         seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)
         rows, keys, values = query[:, part], key[:, :, seen], value[:, :, seen]
         at, keys_at = positions[:, part], positions[:, seen]
-        return _attend(rows, keys, values, at, keys_at, scale, window, softcap)
+        return attention(rows, keys, values, at, keys_at, **options)
 
     return _in_chunks(length, min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4))), chunk)
 
@@ -128,24 +129,3 @@ def _in_chunks(length: int, size: int, chunk: Callable[[slice], jax.Array]) -> j
     starts = range(0, length, size)
     parts = [chunk(slice(start, min(start + size, length))) for start in starts]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
-
-
-def _attend(query, key, value, query_positions, key_positions, scale, window, softcap):
-    batch, length, heads, dim = query.shape
-    groups = key.shape[1]
-    sharing = heads // groups
-    # The heads that read one key are rows of one product with it, head by head, R = sharing · T:
-    # so scores come out as softmax reads them, and no copy of them is transposed.
-    by_key = jnp.moveaxis(query.reshape(batch, length, groups, sharing, dim), 1, 3)
-    rows = by_key.reshape(batch, groups, sharing * length, dim)
-    scores = jnp.einsum("bgrd,bgsd->bgrs", rows, key, preferred_element_type=jnp.float32)
-    scores = scores * jnp.float32(scale)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    q, k = jnp.tile(query_positions, (1, sharing))[:, :, None], key_positions[:, None, :]
-    visible = k <= q if window is None else (k <= q) & (k > q - window)
-    scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)
-    by_position = jnp.moveaxis(mixed.reshape(by_key.shape), 3, 1)
-    return by_position.astype(query.dtype).reshape(batch, length, heads, dim)

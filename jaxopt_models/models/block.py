@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_models.models.attention import attend, rotate, self_attend
+from jaxopt_models.models.attention import cached_attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
@@ -146,9 +146,7 @@ def _attention(
     else:
         cache = cache.append(key, value, positions, quantizer)
         key, value = cache.read(x.dtype, quantizer)
-        slots = jnp.arange(key.shape[2], dtype=positions.dtype)
-        key_positions = jnp.broadcast_to(slots, (batch, key.shape[2]))
-        mixed = attend(query, key, value, positions, key_positions, **scores)
+        mixed = cached_attend(query, key, value, positions, **scores)
     mixed = mixed.reshape(batch, length, -1)
     return _linear(weights, "o_proj", mixed, save), cache
 

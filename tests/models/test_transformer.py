@@ -11,7 +11,7 @@ import pytest
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models import attention
-from jaxopt_models.models.attention import attend, rotate, self_attend
+from jaxopt_models.models.attention import cached_attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
 from jaxopt_models.models.config import Rope
 from jaxopt_models.models.moe import moe_feed_forward, route
@@ -24,6 +24,7 @@ from jaxopt_models.models.transformer import (
     prefill,
 )
 from jaxopt_models.qtensor import QTensor, quantize_array
+from kernels_pallas import reference
 
 _jitted_forward = jax.jit(forward, static_argnums=0)
 
@@ -140,7 +141,7 @@ def test_attention_equals_brute_force(window, softcap):
     query_at = jnp.asarray([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]])
     key_at = jnp.asarray([[0, 1, 2, 3, 4, 99, 99, 99, 99], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
     options = {"scale": 0.7, "window": window, "softcap": softcap}
-    got = jax.jit(partial(attend, **options))(query, key, value, query_at, key_at)
+    got = jax.jit(partial(reference.attention, **options))(query, key, value, query_at, key_at)
     expected = _brute_force(query, key, value, query_at, key_at, **options)
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
@@ -152,7 +153,7 @@ def test_long_queries_in_chunks(monkeypatch, length):
     at = jnp.broadcast_to(jnp.arange(length), (2, length))
 
     def run():
-        return jax.jit(lambda q: attend(q, key, value, at, at, scale=0.5, window=3))(query)
+        return jax.jit(lambda q: cached_attend(q, key, value, at, scale=0.5, window=3))(query)
 
     whole = run()
     monkeypatch.setattr(attention, "_QUERY_CHUNK", 4)
