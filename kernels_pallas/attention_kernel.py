@@ -15,7 +15,7 @@ not the cache's capacity.
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -25,11 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.hopper import rounded, tiled_memory
+from kernels_pallas.launch import begin
 
 TILE = 128  # slots
 MOST_QUERIES = 64  # of a key: the rows of one wgmma
 HEAD_DIMS = (64, 128)
 _STAGES = 2  # tiles under way
+_MOST_PARTS = 16  # of a head
 _HIDDEN = -1e30  # a score that is not seen; finite, so that differences are
 _LOG2_E = math.log2(math.e)
 
@@ -85,7 +87,8 @@ def attention_kernel(
     groups, slots = key.shape[1:3]
     sharing = heads // groups
     tiles = -(-slots // TILE)
-    parts = min(parts or max(1, processors // (batch * groups)), tiles)
+    parts = parts or max(1, min(processors // (batch * groups), _MOST_PARTS))
+    parts = min(parts, tiles)
     plan = _Plan(groups, sharing * length, slots, dim, parts, scale, window, softcap, interpret)
 
     by_key = jnp.moveaxis(query.reshape(batch, length, groups, sharing, dim), 1, 3)
@@ -100,10 +103,22 @@ def attention_kernel(
     limits = jnp.pad(limits, ((0, 0), (0, MOST_QUERIES - plan.queries)))
     mixed, most, sums = _kernel(plan, batch)(rows, *cached, limits, _span(plan, positions))
 
-    factor = jnp.exp2(most - jnp.max(most, axis=1, keepdims=True))
-    total = jnp.sum(mixed * factor[..., None], axis=1) / jnp.sum(sums * factor, axis=1)[..., None]
+    total = _together(mixed, most, sums)
     total = total[:, : plan.queries].astype(query.dtype).reshape(by_key.shape)
     return jnp.moveaxis(total, 3, 1).reshape(query.shape)
+
+
+def _together(mixed: jax.Array, most: jax.Array, sums: jax.Array) -> jax.Array:
+    """[heads, parts, rows, d] of all parts, weighted: [heads, rows, d].
+
+    Written out, so that XLA makes one kernel of it rather than two reductions and a quotient.
+    """
+    parts = range(mixed.shape[1])
+    top = reduce(jnp.maximum, [most[:, i] for i in parts])
+    factors = [jnp.exp2(most[:, i] - top) for i in parts]
+    weighted = [mixed[:, i] * factors[i][..., None] for i in parts]
+    whole = reduce(jnp.add, [sums[:, i] * factors[i] for i in parts])
+    return reduce(jnp.add, weighted) / whole[..., None]
 
 
 @dataclass(frozen=True)
@@ -190,6 +205,7 @@ def _kernel(plan: _Plan, batch: int):
 
 def _body(plan: _Plan, refs: _Refs) -> None:
     head, part = lax.axis_index("head"), lax.axis_index("part")
+    begin(plan.interpret)
     row = head // plan.groups  # of the batch
     each = (refs.span[row, 1] + plan.parts - 1) // plan.parts
     count = lax.max(lax.min(each, refs.span[row, 1] - part * each), 0)
