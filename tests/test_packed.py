@@ -37,7 +37,7 @@ def static(format: str, amax: float = 3.0) -> InputQuantizer:
 
 
 BLOCKS = InputQuantizer(None, resolve("fp8", granularity="block", block_size=128))
-BY_CHANNEL = {"granularity": "channel"}
+BY_CHANNEL: dict[str, Any] = {"granularity": "channel"}
 # Formats of weights and inputs.
 EIGHT: dict[str, tuple[str, dict[str, Any], InputQuantizer]] = {
     "fp8 by channel and token": ("fp8", BY_CHANNEL, by_token("fp8")),
