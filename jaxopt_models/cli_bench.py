@@ -142,7 +142,8 @@ def bench_kernels(
 def bench_decode(
     model: Annotated[str, typer.Option(help="Shape: llama-8b, llama-1b or tiny.")] = "llama-8b",
     format: Annotated[
-        list[str] | None, typer.Option(help="bf16, int4, nvfp4, mxfp4; may be repeated; else all.")
+        list[str] | None,
+        typer.Option(help="bf16, int4, nvfp4, mxfp4, fp8, int8; may be repeated; else all."),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Rows; may be repeated; else 1 8.")

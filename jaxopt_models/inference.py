@@ -21,8 +21,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.projections import JOINED
 from jaxopt_models.packed import PackedTensor, pack_leaf
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path
-from kernels_pallas import FourBit, concatenate
-from kernels_pallas.four_bit import BLOCK_ROWS
+from kernels_pallas import concatenate
 from kernels_pallas.hopper import hopper_processors
 
 
@@ -32,7 +31,8 @@ def prepare(params: Any, *, join: bool = True) -> Any:
     Matrices that have a kernel are packed for it (`packed`), embeddings and stacked experts
     excepted. Then q/k/v and gate/up become one weight each, wherever that is exact: all of them are
     plain arrays of one dtype, or packed in one format behind equal input steps without a `low_rank`
-    correction. Input steps are compared by value, so this is no function to be jitted.
+    correction, in whole pieces of the kernels' order. Input steps are compared by value, so this is
+    no function to be jitted.
 
     Args:
       params: any parameter tree of a model. It stays as it is, so both are in memory until the
@@ -111,8 +111,8 @@ def _joinable(parts: Sequence[Mapping[str, Any]]) -> bool:
         return False
     if any(weight.low_rank is not None for weight in weights):
         return False
-    whole_blocks = all(weight.shape[0] % BLOCK_ROWS == 0 for weight in weights[:-1])
-    return whole_blocks and all(_same_steps(weights[0], weight) for weight in weights[1:])
+    whole_pieces = all(weight.shape[0] % weight.weight.piece[0] == 0 for weight in weights[:-1])
+    return whole_pieces and all(_same_steps(weights[0], weight) for weight in weights[1:])
 
 
 def _same_steps(first: PackedTensor, second: PackedTensor) -> bool:
@@ -130,5 +130,4 @@ def _stacked(weights: Sequence[Any]) -> Any:
     """Weights [N, K] one below the other."""
     if not isinstance(weights[0], PackedTensor):
         return jnp.concatenate(weights)
-    joined: FourBit = concatenate([weight.weight for weight in weights])
-    return replace(weights[0], weight=joined)
+    return replace(weights[0], weight=concatenate([weight.weight for weight in weights]))

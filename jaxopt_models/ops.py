@@ -17,7 +17,6 @@ from jaxopt_models.numerics import Scales, from_grid
 from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import DenseTensor, QTensor, unpack
 from jaxopt_models.tree import WeightLeaf
-from kernels_pallas import w4a16
 
 
 @struct.dataclass
@@ -88,8 +87,8 @@ def _product(
 
         z = hadamard(x · pre_scale, rotate),    Q(z) Ŵᵀ + (z downᵀ) upᵀ
 
-    Packed leaves go to their kernel, if the device has one. Other quantized leaves are dequantized
-    and multiplied, which runs on every backend.
+    Packed leaves go to their kernel, if the device has one, which may quantize the input as well.
+    Other quantized leaves are dequantized and multiplied, which runs on every backend.
     """
     if isinstance(weight, Probe):
         return _product(x, weight.weight, dot) + weight.delta
@@ -99,10 +98,10 @@ def _product(
         x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
     if weight.rotate:
         x = hadamard(x, weight.rotate)
-    quantized = x if weight.input is None else weight.input(x)
     if isinstance(weight, PackedTensor):
-        out = w4a16(quantized, weight.weight).astype(jnp.float32)
+        out = weight.product(x).astype(jnp.float32)
     else:
+        quantized = x if weight.input is None else weight.input(x)
         out = dot(quantized, weight.dequantize(x.dtype))
     if weight.low_rank is not None:
         inner = dot(x, weight.low_rank.down.astype(x.dtype)).astype(x.dtype)

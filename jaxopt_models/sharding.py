@@ -12,7 +12,8 @@ weight [..., N, K] that a leaf stands for, and each array of the leaf gets what 
     global_scale, input          replicated
 
     PackedTensor [N, K]          P(n, k)
-    codes, scales [N/16, …]      P(n, k)          factor P(n), input steps as above
+    codes, scales [N, …]         P(n, k)          or [N/16, …], [N/128, …]
+    scales, factor [N]           P(n)             or [N/16]; input steps as above
 
 An array's axis is left whole where splitting it would cut unevenly or through a tile of values
 that share a scale or a byte, so any rule gives correct results on any mesh. A boundary may cut a
@@ -35,7 +36,8 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import LowRank, QTensor
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
-from kernels_pallas.four_bit import BLOCK_ROWS, ROWS, STEP
+from kernels_pallas import EightBit
+from kernels_pallas.four_bit import ROWS
 
 # A tuple of specs is an order of preference: the first that splits evenly all that it names.
 type Rules = Mapping[str, P | tuple[P, ...]]
@@ -224,10 +226,14 @@ def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
 
 def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> PackedTensor:
     weight = packed.weight
-    # Blocks of rows and steps of columns are what cannot be cut.
-    units = weight.codes.shape[0] * ROWS // BLOCK_ROWS, weight.codes.shape[1] // (2 * STEP)
-    rows, columns = _kept(_kept(spec, units, mesh), packed.shape, mesh)
-    specs = replace(weight, codes=P(rows, columns), scales=P(rows, columns), factor=P(rows))
+    if isinstance(weight, EightBit):
+        rows, columns = _kept(spec, packed.shape, mesh, weight.piece)
+        of_scales = P(rows, columns)[: weight.scales.ndim]
+        specs = replace(weight, codes=P(rows, columns), scales=P(*of_scales))
+    else:
+        padded = weight.tiles * ROWS, weight.columns
+        rows, columns = _kept(_kept(spec, padded, mesh, weight.piece), packed.shape, mesh)
+        specs = replace(weight, codes=P(rows, columns), scales=P(rows, columns), factor=P(rows))
     return replace(_input_specs(packed, [], rows, columns), weight=specs)
 
 

@@ -3,9 +3,10 @@
     scale = amax / largest            1 if amax = 0; at least 2^-126
     code  = round(x · (largest / amax))    to even, saturating
 
-amax belongs to a row (`fp8`, `int8`) or to 128 columns of a row (`fp8_block`); the largest value is
-448 for E4M3 and 127 for INT8. All is float32, subnormal inputs count as zero, and quotients are the
-nearest float32 on every device, because codes at ties hang on their last bit.
+amax belongs to a row (`fp8`, `int8`) or to 128 columns of a row (`fp8_block`), or is given, one for
+all of `x`; the largest value is 448 for E4M3 and 127 for INT8. All is float32, subnormal inputs
+count as zero, and quotients are the nearest float32 on every device, because codes at ties hang on
+their last bit.
 """
 
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class EightBit:
     def shape(self) -> tuple[int, int]:
         n, k = self.codes.shape
         return n, k
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Rows and columns that belong together: what a weight is split and joined by."""
+        return (BLOCK, BLOCK) if self.kind == "fp8_block" else (16, 32)
 
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K]."""
@@ -82,6 +88,35 @@ def encode(x: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
     if kind != "fp8_block":
         return codes, scale[:, 0]
     return codes, jnp.pad(scale.T, ((0, 0), (0, -m % 4)))
+
+
+def encode_by(x: jax.Array, amax: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+    """Codes and scales of activations [M, K] by a given magnitude; what is beyond it saturates.
+
+    The scale is the same for all rows, but for those with a NaN, which has no code in INT8: there
+    it is NaN.
+
+    Args:
+      amax: float32 [].
+      kind: `fp8` or `int8`.
+
+    Returns:
+      codes [M, K]; scales float32 [M].
+
+    Raises:
+      ValueError: for shapes or a kind that do not fit.
+    """
+    if x.ndim != 2 or amax.ndim or kind == "fp8_block":
+        raise ValueError(
+            f"activations {x.shape} in {kind} by an amax {amax.shape}; needed are [M, K] in fp8 or "
+            "int8, and one number"
+        )
+    scale, inverse = lax.optimization_barrier(scale_and_inverse(amax, largest_of(kind)))
+    x = normal(x)
+    scales = jnp.broadcast_to(scale, len(x))
+    if kind == "int8":
+        scales = jnp.where(jnp.any(jnp.isnan(x), axis=1), jnp.nan, scales)
+    return rounded(x * inverse, kind), scales
 
 
 def decode(codes: jax.Array, scales: jax.Array, kind: Kind) -> jax.Array:

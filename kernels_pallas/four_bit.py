@@ -24,7 +24,6 @@ positive E4M3 number without its subnormals' special case. MXFP4 has a power of 
 columns: a byte, relative to the largest. Of these, the four lanes of a g read the same words.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -88,6 +87,11 @@ class FourBit:
     def columns(self) -> int:
         """K'."""
         return self.codes.shape[1] // 2
+
+    @property
+    def piece(self) -> tuple[int, int]:
+        """Rows and columns that belong together: what a weight is split and joined by."""
+        return BLOCK_ROWS, STEP
 
     def dequantize(self) -> jax.Array:
         """The weight, float32 [N, K], exact."""
@@ -178,23 +182,6 @@ def pack_mxfp4(codes: jax.Array, exponents: jax.Array) -> FourBit:
         kind="mxfp4",
         shape=_shape(codes),
     )
-
-
-def concatenate(weights: Sequence[FourBit]) -> FourBit:
-    """One weight [sum of N, K] of several [N, K], one below the other, without repacking.
-
-    Raises:
-      ValueError: for none, several kinds or K, or an N before the last that 64 does not divide.
-    """
-    if not weights or len({(weight.kind, weight.shape[1]) for weight in weights}) > 1:
-        found = ", ".join(f"{weight.kind} {weight.shape}" for weight in weights)
-        raise ValueError(f"weights of one kind and one K are needed to join them; found: {found}")
-    if any(weight.shape[0] % BLOCK_ROWS for weight in weights[:-1]):
-        raise ValueError(f"N of all but the last must be a multiple of {BLOCK_ROWS}")
-    parts = [(weight.codes, weight.scales, weight.factor) for weight in weights]
-    joined = (jnp.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    shape = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
-    return FourBit(*joined, kind=weights[0].kind, shape=shape)
 
 
 def values_of(codes: jax.Array, scales: jax.Array, kind: Kind) -> jax.Array:

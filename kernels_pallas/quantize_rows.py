@@ -31,6 +31,7 @@ from kernels_pallas.eight_bit import (
     Kind,
     code_dtype,
     encode,
+    encode_by,
     largest_of,
     normal,
     rounded,
@@ -46,12 +47,16 @@ _MOST_BLOCKS = 64  # of a piece, as many registers of a thread
 _LEAST_BLOCKS = 4  # a row of a block for each warp
 
 
-def quantize_rows(x: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(
+    x: jax.Array, kind: Kind, amax: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Codes and scales of activations.
 
     Args:
       x: [M, K]; K a multiple of 128 for `fp8_block`.
       kind: `fp8` or `int8`, a scale for each token, or `fp8_block`, one for 128 columns.
+      amax: float32 [], a magnitude that was calibrated, instead of each token's own; not for
+        `fp8_block`. XLA then quantizes, as part of what makes `x`: there is nothing to reduce.
 
     Returns:
       codes: float8_e4m3fn or int8 [M, K].
@@ -61,7 +66,9 @@ def quantize_rows(x: jax.Array, kind: Kind) -> tuple[jax.Array, jax.Array]:
     Raises:
       ValueError: for shapes that do not fit.
     """
-    return _dispatch("rows", kind, 0.0, x)
+    if amax is None:
+        return _dispatch("rows", kind, 0.0, x)
+    return encode_by(x, amax, kind)
 
 
 def quantize_rms_norm(

@@ -16,6 +16,9 @@ from jaxopt_models.inference import prepare
 from jaxopt_models.models.cache import cache_bytes
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import forward
+from jaxopt_models.ops import linear
+from jaxopt_models.packed import pack_leaf
+from jaxopt_models.qtensor import InputQuantizer, QTensor
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.tree import is_decoder_matrix, map_with_path
 from kernels_pallas.hopper import hopper_processors
@@ -128,12 +131,16 @@ def test_decoding_is_in_place(batch):
     assert memory is not None and memory.temp_size_in_bytes < cache_bytes((layer,))
 
 
+def _wide_config() -> ModelConfig:
+    fields = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    fields |= {"num_key_value_heads": 2, "head_dim": 64}
+    return replace(ModelConfig.from_hf(_config().to_hf() | fields), dtype="bfloat16")
+
+
 @pytest.mark.parametrize("name", ["bf16", "int4", "nvfp4", "mxfp4"])
 def test_a_prepared_model_takes_kernels_and_says_the_same(name):
     """Up to bfloat16's roundings, which the two layouts make at different places."""
-    fields = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
-    fields |= {"num_key_value_heads": 2, "head_dim": 64}
-    config = replace(ModelConfig.from_hf(_config().to_hf() | fields), dtype="bfloat16")
+    config = _wide_config()
     options: dict[str, Any] = {"scale_dtype": "bfloat16"} if name == "int4" else {}
 
     def leaf(path, weight):
@@ -149,3 +156,62 @@ def test_a_prepared_model_takes_kernels_and_says_the_same(name):
     text = run.lower(config, prepared, tokens[:, :4]).as_text()
     kernels = name != "bf16" and hopper_processors() is not None
     assert ("mosaic_gpu" in text) == kernels
+
+
+# 8-bit weights, and how their inputs are quantized: options and a static amax.
+EIGHT: dict[str, tuple[str, dict[str, Any], dict[str, Any], float | None]] = {
+    "fp8 by token": ("fp8", {"granularity": "channel"}, {"granularity": "token"}, None),
+    "fp8 static": ("fp8", {}, {}, 4.0),
+    "fp8 blocks": ("fp8", {"granularity": "block2d"}, {"block_size": 128}, None),
+    "int8 by token": ("int8", {"granularity": "channel"}, {"granularity": "token"}, None),
+    "int8 static": ("int8", {"granularity": "channel"}, {}, 4.0),
+}
+
+
+def _eight_bit(name: str, weight: jax.Array) -> QTensor:
+    format, options, of_input, amax = EIGHT[name]
+    static = None if amax is None else jnp.float32(amax)
+    quantizer = InputQuantizer(static, resolve(format, **of_input))
+    return replace(quantize_array(weight, format, **options), input=quantizer)
+
+
+def _error(found: Any, exact: Any) -> float:
+    exact = np.asarray(exact, np.float64)
+    return float(np.linalg.norm(np.asarray(found, np.float64) - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_products_of_8_bits_are_those_of_the_codes(name):
+    """Of FP8 sums the hardware keeps about 14 bits."""
+    for m, n, k in [(1, 512, 512), (5, 1040, 1152), (16, 4096, 4096), (300, 256, 1024)]:
+        keys = jax.random.split(jax.random.key(m))
+        x = jax.random.normal(keys[0], (m, k), jnp.bfloat16)
+        q = _eight_bit(name, jax.random.normal(keys[1], (n, k)))
+        assert q.input is not None
+        exact = np.asarray(q.input(x.astype(jnp.float32)), np.float64)
+        exact = exact @ np.asarray(q.dequantize(), np.float64).T
+        assert _error(jax.jit(linear)(x, pack_leaf(q)), exact) < 4e-3, (m, n, k)
+
+
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_prepared_model_of_8_bits_takes_kernels_and_says_the_same(name):
+    """As near to what float32 computes as the model that it was made of.
+
+    The two are no nearer to each other: an activation that bfloat16 rounds otherwise may get
+    another code of 8 bits.
+    """
+    config, run = _wide_config(), jax.jit(forward, static_argnums=0)
+
+    def leaf(path, weight):
+        return _eight_bit(name, weight) if is_decoder_matrix(path, weight) else weight
+
+    params = map_with_path(leaf, init(config, jax.random.key(0), jnp.bfloat16))
+    prepared = prepare(params)
+    for length in (1, 7, 16, 40):
+        tokens = jnp.arange(length, dtype=jnp.int32)[None]
+        with jax.default_matmul_precision("highest"):
+            exact = run(replace(config, dtype="float32"), params, tokens)
+        found, expected = (run(config, p, tokens) for p in (prepared, params))
+        assert _error(found, exact) < 1.5 * _error(expected, exact) < 0.3
+    text = run.lower(config, prepared, tokens[:, :4]).as_text()
+    assert ("mosaic_gpu" in text) == (hopper_processors() is not None)

@@ -44,6 +44,9 @@ MODELS = {
     "llama": ModelConfig.from_hf({"model_type": "llama"} | _SIZES),
     "biases": ModelConfig.from_hf({"model_type": "qwen2"} | _SIZES),
     "query and key norms": ModelConfig.from_hf({"model_type": "qwen3"} | _SIZES),
+    "a key for each query": ModelConfig.from_hf(
+        {"model_type": "llama"} | _SIZES | {"num_key_value_heads": 4}
+    ),
     "gemma": ModelConfig.from_hf(
         {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2}
         | _SIZES
@@ -120,6 +123,11 @@ RECIPES = [
     ("nvfp4_fp8_kv", "gemma"),
     ("mxfp4_rotated", "llama"),
     ("w4a8_awq", "llama"),
+    ("fp8", "biases"),
+    ("fp8_dynamic", "gemma"),
+    ("fp8_block", "a key for each query"),
+    ("int8", "query and key norms"),
+    ("int8_default", "llama"),
 ]
 
 
@@ -133,6 +141,45 @@ def test_quantized_matrices_are_packed_and_joined(recipe, model):
         assert names_of(layer["self_attn"]) == {"qkv_proj", "o_proj"}
         assert names_of(layer["mlp"]) == {"gate_up_proj", "down_proj"}
     assert_the_same(config, params, prepared)
+
+
+def test_8_bits_with_floats_have_no_kernel():
+    params = quantized(LLAMA, "int8_weight_only")
+    prepared = prepare(params)
+    assert kinds(prepared) == {QTensor}
+    assert jax.tree.structure(prepared) == jax.tree.structure(params)
+
+
+def test_a_block_of_rows_is_not_cut():
+    """Keys and values of 64 rows here, in blocks of 128."""
+    params = quantized(LLAMA, "fp8_block")
+    prepared = prepare(params)
+    layer = prepared["layers"][0]
+    assert names_of(layer["self_attn"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert names_of(layer["mlp"]) == {"gate_up_proj", "down_proj"}
+    assert kinds(prepared) == {PackedTensor}
+    assert_same_logits(LLAMA, params, prepared)
+
+
+def test_scales_of_tensors_and_channels_are_joined():
+    def by_channel(q: Any) -> Any:
+        again = quantize_array(q.dequantize(), "fp8", granularity="channel")
+        return replace(again, input=q.input)
+
+    params = changed(quantized(LLAMA, "fp8"), "k_proj", by_channel)
+    prepared = prepare(params)
+    assert names_of(prepared["layers"][0]["self_attn"]) == {"qkv_proj", "o_proj"}
+    assert_same_logits(LLAMA, params, prepared)
+
+
+def test_static_scales_that_differ_stay_apart():
+    def wider(q: Any) -> Any:
+        return replace(q, input=replace(q.input, amax=q.input.amax * 2))
+
+    params = changed(quantized(LLAMA, "int8_default"), "up_proj", wider)
+    prepared = prepare(params)
+    assert names_of(prepared["layers"][0]["mlp"]) == {"gate_proj", "up_proj", "down_proj"}
+    assert_same_logits(LLAMA, params, prepared)
 
 
 def with_bfloat16_scales(params: Any) -> Any:
@@ -229,6 +276,8 @@ def test_bits_per_weight_stay():
     wide = replace(wide, num_heads=16)
     prepared = prepare(quantized(wide, "nvfp4_weight_only"))
     assert tree.bits_per_weight(prepared) == pytest.approx(4.5, abs=0.01)
+    params = quantized(wide, "int8_default")
+    assert tree.bits_per_weight(prepare(params)) == tree.bits_per_weight(params)
 
 
 @pytest.mark.parametrize("format", ["int4", "nvfp4", "mxfp4"])
@@ -258,6 +307,37 @@ def test_split_over_devices(format):
     np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("recipe", ["fp8_dynamic", "fp8_block", "int8_default"])
+def test_8_bits_split_over_devices(recipe):
+    config = MODELS["a key for each query"]
+    config = ModelConfig.from_hf(config.to_hf() | {"hidden_size": 256, "intermediate_size": 512})
+    config = replace(config, num_heads=8, num_kv_heads=8)
+    prepared = prepare(quantized(config, recipe), join=False)
+    mesh = make_mesh({"data": 4, "model": 2})
+    layer = shardings(prepared, mesh)["layers"][0]
+    rows, columns = layer["mlp"]["up_proj"]["weight"], layer["mlp"]["down_proj"]["weight"]
+    assert rows.weight.codes.spec == P("model", None)
+    assert columns.weight.codes.spec == P(None, "model")
+    if recipe == "fp8_block":
+        assert rows.weight.scales.spec == P("model", None)
+        assert columns.weight.scales.spec == P(None, "model")
+    else:
+        assert rows.weight.scales.spec == P("model") and columns.weight.scales.spec == P(None)
+
+    run = jax.jit(partial(forward, config))
+    found, expected = run(shard(prepared, mesh), TOKENS), run(prepared, TOKENS)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_a_block_is_not_split():
+    """Of 128 rows or columns here, over two devices."""
+    prepared = prepare(quantized(LLAMA, "fp8_block"), join=False)
+    layer = shardings(prepared, make_mesh({"data": 4, "model": 2}))["layers"][0]
+    for name in ("q_proj", "k_proj", "o_proj"):
+        weight = layer["self_attn"][name]["weight"].weight
+        assert weight.codes.spec == weight.scales.spec == P(None, None)
+
+
 def test_kernels_of_the_device_decide(monkeypatch):
     params, config = params_of(LLAMA), replace(LLAMA, dtype="bfloat16")
     assert for_device(config, params) is params  # here is none
@@ -273,7 +353,7 @@ def test_what_has_no_values_cannot_be_prepared():
         jax.jit(prepare)(params_of(LLAMA))
 
 
-@pytest.mark.parametrize("recipe", [None, "nvfp4_weight_only"])
+@pytest.mark.parametrize("recipe", [None, "nvfp4_weight_only", "fp8_dynamic"])
 def test_they_are_for_running_only(recipe, tmp_path):
     params = prepare(quantized(LLAMA, recipe) if recipe else params_of(LLAMA))
     model, message = Model(LLAMA, params), "_proj/weight' is laid out for running, not to be "

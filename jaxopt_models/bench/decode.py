@@ -28,7 +28,7 @@ from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init
 from jaxopt_models.progress import Progress, silent
-from jaxopt_models.qtensor import quantize_array
+from jaxopt_models.qtensor import InputQuantizer, quantize_array
 from jaxopt_models.report import write_json
 from jaxopt_models.sampling import make_sampler
 from kernels_pallas.tuning import slug
@@ -47,9 +47,15 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 512}
     | {"num_attention_heads": 4, "num_key_value_heads": 2},
 }
-FORMATS = ("bf16", "int4", "nvfp4", "mxfp4")
+FORMATS = ("bf16", "int4", "nvfp4", "mxfp4", "fp8", "int8")
 KV_FORMATS = ("bf16", "fp8")
-_OPTIONS: dict[str, dict[str, Any]] = {"int4": {"scale_dtype": "bfloat16"}}
+_BY_CHANNEL = {"granularity": "channel"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "int4": {"scale_dtype": "bfloat16"},
+    "fp8": _BY_CHANNEL,
+    "int8": _BY_CHANNEL,
+}
+_BY_TOKEN = ("fp8", "int8")  # inputs are quantized as well, to dynamic scales
 _DTYPE = jnp.bfloat16
 _FEW = 8  # steps of the shorter loop
 
@@ -70,7 +76,8 @@ def bench_decode(
 
     Args:
       model: a key of `MODELS`.
-      formats: of the decoder's matrices; bf16 first gives the others their baseline.
+      formats: of the decoder's matrices; bf16 first gives the others their baseline. FP8 and INT8
+        have a scale for each channel, and their inputs, in the same format, one for each token.
       batches: rows that are decoded together.
       context: positions that the cache holds; the last ones are decoded.
       steps: of the longer loop, more than 8; the shorter one has 8.
@@ -147,7 +154,8 @@ def _quantized(format: str, pattern: str, params: Any) -> Any:
     def leaf(path: str, weight: jax.Array) -> Any:
         if format == "bf16" or not tree.matches(path, pattern):
             return weight
-        return quantize_array(weight, format, **_OPTIONS.get(format, {}))
+        q = quantize_array(weight, format, **_OPTIONS.get(format, {}))
+        return replace(q, input=InputQuantizer(None, q.spec)) if format in _BY_TOKEN else q
 
     return tree.map_with_path(leaf, params)
 

@@ -13,9 +13,11 @@ from jaxopt_models import cli, tree
 from jaxopt_models.bench import bandwidth, decode
 from jaxopt_models.bench.decode import MODELS, bench_decode, bytes_per_step, random_params
 from jaxopt_models.errors import UserError
+from jaxopt_models.formats import resolve
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import abstract_params, forward
 from jaxopt_models.packed import PackedTensor
+from jaxopt_models.qtensor import InputQuantizer
 
 TINY = replace(ModelConfig.from_hf(MODELS["tiny"]), dtype="bfloat16")
 
@@ -72,7 +74,7 @@ def test_bytes_of_a_step():
     assert bytes_per_step(TINY, halved, 1, 64) == expected + row + cache // 2 + scales
 
 
-@pytest.mark.parametrize("format", ["int4", "nvfp4", "mxfp4"])
+@pytest.mark.parametrize("format", ["int4", "nvfp4", "mxfp4", "fp8", "int8"])
 def test_random_weights_are_packed_and_sane(format):
     params = random_params(TINY, format, "same", "bf16")
     leaves = tree.leaves_with_paths(params)
@@ -85,6 +87,9 @@ def test_random_weights_are_packed_and_sane(format):
     first, second = (layer["mlp"]["down_proj"]["weight"] for layer in params["layers"])
     assert jnp.any(first.weight.codes != second.weight.codes)
     assert float(jnp.std(first.dequantize(jnp.float32))) == pytest.approx(256**-0.5, rel=0.05)
+    assert first.input == (  # dynamic, by token
+        InputQuantizer(None, resolve(format, granularity="token")) if "8" in format else None
+    )
     logits = jax.jit(forward, static_argnums=0)(TINY, params, jnp.arange(8)[None])
     assert np.all(np.isfinite(logits)) and 0.1 < float(jnp.std(logits)) < 10
 
@@ -120,7 +125,10 @@ def test_memory_is_read():
     ("arguments", "problem"),
     [
         ({"model": "gpt"}, "model 'gpt' is unknown; choose llama-8b, llama-1b, tiny"),
-        ({"formats": ["int3"]}, "format 'int3' is unknown; choose bf16, int4, nvfp4, mxfp4"),
+        (
+            {"formats": ["int3"]},
+            "format 'int3' is unknown; choose bf16, int4, .*, fp8, int8",
+        ),
         ({"head": "int4"}, "head 'int4' is unknown; choose bf16, same"),
         ({"kv_format": "int4"}, "cache 'int4' is unknown; choose bf16, fp8"),
         ({"steps": 8}, "8 steps at the end of a context of 2048 cannot be timed"),

@@ -1,13 +1,11 @@
 """Packed 4-bit weights stand for what was packed, exactly, whatever the shape."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import concatenate, pack_int4, pack_mxfp4
+from kernels_pallas import pack_int4, pack_mxfp4
 from kernels_pallas.four_bit import FourBit
 
 SHAPES = [(16, 512), (1, 128), (40, 640), (33, 1024), (64, 2176)]
@@ -47,30 +45,3 @@ def test_a_power_of_two_far_below_the_largest_is_zero():
 def test_shapes_that_do_not_fit(pack, codes, scales, message):
     with pytest.raises(ValueError, match=message):
         pack(jnp.zeros(codes, jnp.int32), jnp.zeros(scales, jnp.int32))
-
-
-@pytest.mark.parametrize("kind", ["int4", "nvfp4", "mxfp4"])
-def test_joined_weights_keep_their_values(weight, kind):
-    """Tensor scales of their own included: the second one is scaled by 3."""
-    (first, above), (second, below) = (weight(kind, n, 640, n) for n in (64, 40))
-    second = replace(second, factor=second.factor * 3)
-    joined = jax.jit(concatenate)([first, second])
-    assert joined.shape == (104, 640) and joined.kind == kind
-    expected = np.concatenate([first.dequantize(), second.dequantize()])
-    np.testing.assert_array_equal(joined.dequantize(), expected)
-    exact = np.concatenate([above, 3 * below])
-    np.testing.assert_allclose(joined.dequantize(), exact, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ([], "to join them; found: $"),
-        ([("int4", 16, 128), ("nvfp4", 16, 128)], r"found: int4 \(16, 128\), nvfp4 \(16, 128\)"),
-        ([("int4", 16, 128), ("int4", 16, 256)], "weights of one kind and one K"),
-        ([("int4", 20, 128), ("int4", 16, 128)], "all but the last must be a multiple of 64"),
-    ],
-)
-def test_weights_that_do_not_join(weight, sizes, message):
-    with pytest.raises(ValueError, match=message):
-        concatenate([weight(*size)[0] for size in sizes])

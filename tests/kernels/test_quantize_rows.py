@@ -58,6 +58,26 @@ def test_codes_and_scales_are_those_of_the_definition(kind, name, dtype):
     np.testing.assert_array_equal(scales[..., : len(x)], expected_scales)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("name", inputs())
+@pytest.mark.parametrize("amax", [0.0, 1e-39, 1e-36, 2.0, 1e30])
+def test_by_a_given_amax_as_well(kind, name, amax):
+    """Values beyond it saturate."""
+    x, amax = jnp.asarray(inputs()[name]), jnp.float32(amax)
+    codes, scales = jax.jit(quantize_rows, static_argnums=1)(x, kind, amax)
+    leaf = jax.jit(partial(quantize_array, format=resolve(kind)))(x, amax=amax)
+    np.testing.assert_array_equal(bits(codes), bits(leaf.codes))
+    assert scales.shape == (11,) and np.all(scales == leaf.scale[0])
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_a_given_amax_hides_no_nan(kind):
+    x = jnp.ones((3, 256)).at[0, 3].set(jnp.nan).at[1, 3].set(jnp.inf)
+    values = np.asarray(decode(*quantize_rows(x, kind, jnp.float32(2)), kind))
+    assert np.isnan(values[0, 3]) and np.all(np.isfinite(values[1:]))
+    assert values[1, 3] == 2 and np.all(np.abs(values[2] - 1) <= 1 / 127)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantizing_a_product_is_quantizing_what_it_stores(kind):
     keys = jax.random.split(jax.random.key(0), 3)
@@ -142,6 +162,10 @@ def test_misfits_are_named():
         quantize_silu_mul(x, x[:2], "fp8")
     with pytest.raises(ValueError, match=r"no kernel for \['bfloat16\(3, 200\)'\]; needed are"):
         quantize_kernel("rows", "fp8", 0.0, x)
+    with pytest.raises(ValueError, match=r"\(3, 200\) in fp8 by an amax \(3,\); needed are"):
+        quantize_rows(x, "fp8", jnp.ones(3))
+    with pytest.raises(ValueError, match=r"\(3, 200\) in fp8_block by an amax \(\); needed are"):
+        quantize_rows(x, "fp8_block", jnp.float32(1))
 
 
 @pytest.mark.gpu

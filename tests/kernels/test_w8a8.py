@@ -167,6 +167,37 @@ def test_rounds_activations_and_multiplies():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_float32_stays_so(kind):
+    x, weight = activations(6, 256).astype(jnp.float32) / 3, random_weight(kind, 24, 256)
+    codes, scales = quantize_rows(x, kind)
+    found = jax.jit(w8a8)(x, weight)
+    assert found.dtype == jnp.float32
+    assert relative_error(found, codes, scales, weight) < 3e-7
+    np.testing.assert_array_equal(found, w8a8_product(codes, scales, weight, jnp.float32))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_static_scales(kind):
+    """Those of the codes, also of a batch and of its gradient."""
+    x, weight, amax = activations(6, 256), random_weight(kind, 24, 256), jnp.float32(2)
+    found = jax.jit(w8a8)(x, weight, amax)
+    np.testing.assert_array_equal(found, w8a8_product(*quantize_rows(x, kind, amax), weight))
+    assert np.any(np.asarray(found) != np.asarray(w8a8(x, weight)))
+    batches = jax.vmap(w8a8, (0, None, None))(x.reshape(2, 3, 256), weight, amax)
+    np.testing.assert_array_equal(batches.reshape(6, 24), found)
+    own = jax.vmap(w8a8, (0, None, 0))(x.reshape(2, 3, 256), weight, jnp.array([2.0, 4.0]))
+    np.testing.assert_array_equal(own[0], found[:3])
+    np.testing.assert_array_equal(own[1], w8a8(x[3:], weight, jnp.float32(4)))
+
+    def total(x: jax.Array, amax: jax.Array | None) -> jax.Array:
+        return jnp.sum(w8a8(x, weight, amax).astype(jnp.float32))
+
+    of_x, of_amax = jax.grad(total, (0, 1))(x, amax)
+    np.testing.assert_array_equal(of_x, jax.grad(total)(x, None))
+    assert of_amax == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_vmap_is_a_loop(kind):
     x = activations(3 * 5, 256).reshape(3, 5, 256)
     weight = jax.tree.map(

@@ -51,6 +51,25 @@ def test_products(activations, mesh, kind, where):
         np.testing.assert_array_equal(found, alone)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("where", [P("model"), P(None, "model")])
+def test_static_scales_need_no_other_columns(activations, mesh, kind, where):
+    """INT8 looks for a NaN in all of a row."""
+    weight, x, amax = eight_bit(kind, 512, 1024), activations(32, 1024), jnp.float32(3)
+    alone = w8a8(x, weight, amax)
+
+    def put(array, *spec):
+        return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+    shards = EightBit(put(weight.codes, *where), put(weight.scales, *where[:1]), kind)
+    found, collectives = compiled(w8a8, put(x, "data", *where[1:]), shards, amax)
+    split = where == P(None, "model")
+    assert collectives == ({"all-reduce": 2 if kind == "int8" else 1} if split else {})
+    limit = 5e-3 if split else 0
+    difference = np.asarray(found, np.float64) - np.asarray(alone, np.float64)
+    assert np.linalg.norm(difference) <= limit * np.linalg.norm(np.asarray(alone, np.float64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("source", ["rows", "rms_norm", "silu_mul"])
 def test_quantizers(activations, mesh, kind, source):
