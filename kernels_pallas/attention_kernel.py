@@ -209,10 +209,10 @@ def _body(plan: _Plan, refs: _Refs) -> None:
     row = head // plan.groups  # of the batch
     each = (refs.span[row, 1] + plan.parts - 1) // plan.parts
     count = lax.max(lax.min(each, refs.span[row, 1] - part * each), 0)
-    begin = refs.span[row, 0] + part * each
+    first = refs.span[row, 0] + part * each
 
     def fetch(turn: Any) -> None:
-        slot, place = lax.rem(turn, _STAGES), pl.ds((begin + turn) * TILE, TILE)
+        slot, place = lax.rem(turn, _STAGES), pl.ds((first + turn) * TILE, TILE)
         keys, values = refs.keys.at[head, place], refs.values.at[head, place]
         plgpu.copy_gmem_to_smem(keys, refs.own_keys.at[slot], refs.keys_ready.at[slot])
         plgpu.copy_gmem_to_smem(values, refs.own_values.at[slot], refs.values_ready.at[slot])
@@ -226,7 +226,7 @@ def _body(plan: _Plan, refs: _Refs) -> None:
     plgpu.barrier_wait(refs.queries_ready)
 
     def one_tile(turn, carry):
-        carry = _one_tile(plan, refs, begin + turn, lax.rem(turn, _STAGES), limits, carry)
+        carry = _one_tile(plan, refs, first + turn, lax.rem(turn, _STAGES), limits, carry)
         pl.when(turn + _STAGES < count)(partial(fetch, turn + _STAGES))
         return carry
 
