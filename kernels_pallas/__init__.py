@@ -12,6 +12,7 @@ mixed = cached_attention(query, key, value, positions, scale=d**-0.5)
 from kernels_pallas.attention import cached_attention
 from kernels_pallas.dispatch import w4a16
 from kernels_pallas.eight_bit import EightBit
+from kernels_pallas.elementwise import add_rms_norm, rms_norm, silu_mul
 from kernels_pallas.four_bit import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
 from kernels_pallas.joining import concatenate
 from kernels_pallas.quantize_rows import quantize_rms_norm, quantize_rows, quantize_silu_mul
@@ -20,6 +21,7 @@ from kernels_pallas.w8a8 import w8a8, w8a8_product
 __all__ = [
     "EightBit",
     "FourBit",
+    "add_rms_norm",
     "cached_attention",
     "concatenate",
     "pack_int4",
@@ -28,6 +30,8 @@ __all__ = [
     "quantize_rms_norm",
     "quantize_rows",
     "quantize_silu_mul",
+    "rms_norm",
+    "silu_mul",
     "w4a16",
     "w8a8",
     "w8a8_product",

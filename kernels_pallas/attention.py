@@ -58,6 +58,8 @@ def cached_attention(
             f"values {value.shape}; needed are [B, T, H, d], [B, T] and twice [B, G, S, d]"
         )
     options = (("scale", scale), ("window", window), ("softcap", softcap))
+    if hopper_processors() is None or not has_kernel(query, key):
+        return _reference(options, query, key, value, positions)
     return _attention(options, query, key, value, positions)
 
 
@@ -91,10 +93,8 @@ def _shared(options: _Options, *arrays: jax.Array) -> jax.Array:
 
 def _local(options: _Options, *arrays: jax.Array) -> jax.Array:
     """On one device."""
-    otherwise, processors = partial(_reference, options), hopper_processors()
-    if processors is None or not has_kernel(*arrays[:2]):
-        return otherwise(*arrays)
-    kernel = partial(attention_kernel, processors=processors, **dict(options))
+    otherwise = partial(_reference, options)
+    kernel = partial(attention_kernel, processors=hopper_processors(), **dict(options))
     return lax.platform_dependent(*arrays, cuda=kernel, default=otherwise)
 
 

@@ -1,6 +1,7 @@
 """Kernels under `vmap`, which cannot look into a call that devices share (`partition`)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -8,22 +9,22 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def rows_together(
-    product: Callable[[jax.Array, Any], jax.Array],
-) -> Callable[[jax.Array, Any], jax.Array]:
-    """A product [M, K] and a weight to [M, N] that takes the rows of a whole batch at once.
+def rows_together(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of several [M, …] and a weight to [M, …] that takes a whole batch's rows at once.
 
     A batch of weights is gone through one by one.
     """
-    batched = jax.custom_batching.custom_vmap(product)
+    batched = jax.custom_batching.custom_vmap(function)
 
     @batched.def_vmap
-    def _(size: int, has: Any, x: jax.Array, weight: Any) -> tuple[jax.Array, bool]:
-        of_x, of_weight = has
-        if any(jax.tree.leaves(of_weight)):
-            return _each(batched, size, has, (x, weight)), True
-        assert of_x  # something is batched
-        return batched(x.reshape(-1, x.shape[-1]), weight).reshape(size, x.shape[1], -1), True
+    def _(size: int, has: Any, *arguments: Any) -> tuple[Any, Any]:
+        *rows, weight = arguments
+        if any(jax.tree.leaves(has[-1])):
+            out = _each(batched, size, has, arguments)
+        else:
+            out = batched(*map(partial(_merged, size), rows, has), weight)
+            out = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
 
     return batched
 
@@ -34,11 +35,7 @@ def batches_together(function: Callable[..., jax.Array]) -> Callable[..., jax.Ar
 
     @batched.def_vmap
     def _(size: int, has: Any, *arguments: jax.Array) -> tuple[jax.Array, bool]:
-        def merged(array: jax.Array, own: bool) -> jax.Array:
-            whole = array if own else jnp.broadcast_to(array, (size, *array.shape))
-            return whole.reshape(-1, *whole.shape[2:])
-
-        out = batched(*map(merged, arguments, has))
+        out = batched(*map(partial(_merged, size), arguments, has))
         return out.reshape(size, -1, *out.shape[1:]), True
 
     return batched
@@ -54,6 +51,12 @@ def one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:
         return out, jax.tree.map(lambda _: True, out)
 
     return batched
+
+
+def _merged(size: int, array: jax.Array, own: bool) -> jax.Array:
+    """[size, M, …], or the same [M, …] for each, as [size · M, …]."""
+    whole = array if own else jnp.broadcast_to(array, (size, *array.shape))
+    return whole.reshape(-1, *whole.shape[2:])
 
 
 def _each(function: Callable[..., Any], size: int, has: Any, arguments: tuple[Any, ...]) -> Any:

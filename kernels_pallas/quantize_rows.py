@@ -40,11 +40,18 @@ from kernels_pallas.eight_bit import (
 )
 from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
-from kernels_pallas.registers import layout
+from kernels_pallas.row_registers import (
+    LEAST_BLOCKS,
+    block_layout,
+    by_blocks,
+    pieces,
+    read,
+    silu,
+    stored,
+    total,
+)
 
 Source = Literal["rows", "rms_norm", "silu_mul"]
-_MOST_BLOCKS = 64  # of a piece, as many registers of a thread
-_LEAST_BLOCKS = 4  # a row of a block for each warp
 
 
 def quantize_rows(
@@ -130,7 +137,7 @@ def _local(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
 def has_kernel(*arrays: jax.Array) -> bool:
     """Whether there are rows, all bfloat16, and K is a multiple of 512."""
     typed = all(array.dtype == jnp.bfloat16 for array in arrays)
-    return typed and arrays[0].size > 0 and arrays[0].shape[1] % (_LEAST_BLOCKS * BLOCK) == 0
+    return typed and arrays[0].size > 0 and arrays[0].shape[1] % (LEAST_BLOCKS * BLOCK) == 0
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -142,8 +149,8 @@ def quantize_reference(
     if source == "rms_norm":
         x = x * lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + eps) * more[0][None]
     if source == "silu_mul":
-        x = _silu(x) * more[0]
-    return encode(_stored(x, arrays[0].dtype), kind)
+        x = silu(x) * more[0]
+    return encode(stored(x, arrays[0].dtype), kind)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), static_argnames=("interpret",))
@@ -164,7 +171,6 @@ def quantize_kernel(
             "bfloat16 [M, K], K a multiple of 512"
         )
     m, k = arrays[0].shape
-    views = [array.reshape(*array.shape[:-1], k // BLOCK, BLOCK) for array in arrays]
     codes, scales = plgpu.kernel(
         partial(_body, source, kind, eps, interpret),
         out_type=(
@@ -175,15 +181,14 @@ def quantize_kernel(
         grid_names=("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*views)
+    )(*map(by_blocks, arrays))
     return codes.reshape(m, k), scales
 
 
 def _body(source: Source, kind: Kind, eps: float, interpret: bool, *references: Any) -> None:
     *inputs, codes, scales = references
     row, blocks = lax.axis_index("row"), codes.shape[1]
-    size = next(s for s in range(min(blocks, _MOST_BLOCKS), 0, -1) if not blocks % s | s % 4)
-    parts = [pl.ds(first, size) for first in range(0, blocks, size)]
+    parts = pieces(blocks)
     values = _source(source, eps, row, inputs, parts, interpret)
     if len(parts) == 1:
         only = values(parts[0])
@@ -219,26 +224,21 @@ def _source(
     interpret: bool,
 ) -> Callable[[Any], jax.Array]:
     """part -> what is to be quantized of it, float32 [blocks, 128]."""
-
-    def read(ref: Any) -> jax.Array:
-        layout = _layout(ref.shape[0])
-        return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
-
     x, *more = inputs
 
-    def stored(value: jax.Array) -> jax.Array:
+    def kept(value: jax.Array) -> jax.Array:
         if interpret:
-            return normal(_stored(value, x.dtype))
+            return normal(stored(value, x.dtype))
         return normal(value.astype(x.dtype))
 
     if source == "silu_mul":
         (up,) = more
-        return lambda part: stored(_silu(read(x.at[row, part])) * read(up.at[row, part]))
+        return lambda part: kept(silu(read(x.at[row, part])) * read(up.at[row, part]))
     if source == "rms_norm":
         (weight,) = more
-        squares = [_sum(jnp.square(read(x.at[row, part]))) for part in parts]
+        squares = [total(jnp.square(read(x.at[row, part]))) for part in parts]
         scale = lax.rsqrt(sum(squares[1:], squares[0]) / (x.shape[1] * BLOCK) + eps)
-        return lambda part: stored(read(x.at[row, part]) * scale * read(weight.at[part]))
+        return lambda part: kept(read(x.at[row, part]) * scale * read(weight.at[part]))
     return lambda part: normal(read(x.at[row, part]))
 
 
@@ -253,20 +253,6 @@ def _largest(value: jax.Array) -> jax.Array:
     return jnp.max(jnp.abs(value), axis=1)
 
 
-def _sum(value: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.sum(value, axis=1))
-
-
-def _silu(x: jax.Array) -> jax.Array:
-    return x / (1.0 + jnp.exp(-x))
-
-
-def _stored(x: jax.Array, dtype: Any) -> jax.Array:
-    """Rounded to `dtype`, by an operation that a compiler does not remove as it does two casts."""
-    bits = jnp.finfo(dtype)
-    return lax.reduce_precision(x, bits.nexp, bits.nmant)
-
-
 def _store_column(ref: Any, scale: jax.Array, stride: int, interpret: bool) -> None:
     """Writes the scales of blocks to global memory, `stride` entries apart.
 
@@ -276,9 +262,9 @@ def _store_column(ref: Any, scale: jax.Array, stride: int, interpret: bool) -> N
         ref[...] = scale[:, None]
         return
     blocks = scale.shape[0]
-    rows = 2 if blocks % 8 == 0 else 1  # of a warp, in `_layout`
+    rows = 2 if blocks % 8 == 0 else 1  # of a warp, in `block_layout`
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), _layout(blocks).reduce(1)))
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), block_layout(blocks).reduce(1)))
     def store(_, ref, scale):
         base, warp, lane = ptx.base_and_lane(ref)
         lanes = 32 // rows  # that hold the same block
@@ -292,10 +278,3 @@ def _store_column(ref: Any, scale: jax.Array, stride: int, interpret: bool) -> N
             ptx.store_words(address, [word], silent)
 
     store(ref, scale)  # pyright: ignore[reportCallIssue]: the context is inserted
-
-
-def _layout(blocks: int) -> Any:
-    """[blocks, 128]: 16 lanes, or 32, hold a block's row, and the warps neighbouring ones."""
-    vector = 8 if blocks % 8 == 0 else 4
-    rows = vector // 4
-    return layout(((4 * rows, BLOCK), (rows, BLOCK), (1, vector)), (-6,), (-4, -3))

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels_pallas.four_bit import FourBit
 
@@ -57,3 +58,14 @@ def attention(
     mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)
     by_position = jnp.moveaxis(mixed.reshape(by_key.shape), 3, 1)
     return by_position.astype(query.dtype).reshape(batch, length, heads, dim)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, unit_offset: bool = False) -> jax.Array:
+    """`x / sqrt(mean(x²) + eps) · w` over the last axis, or `· (1 + w)`; float32 inside.
+
+    Reference: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    x32, w32 = x.astype(jnp.float32), weight.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    w32 = (1.0 + w32 if unit_offset else w32).reshape((1,) * (x.ndim - 1) + (-1,))
+    return (x32 * scale * w32).astype(x.dtype)

@@ -13,6 +13,7 @@ from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
 from jaxopt_models.models.projections import project
 from jaxopt_models.ops import linear
+from kernels_pallas import add_rms_norm, rms_norm, silu_mul
 
 Save = Callable[[str, jax.Array], None]
 
@@ -30,17 +31,6 @@ class Recorder:
     def __call__(self, name: str, value: jax.Array) -> None:
         if self.wanted is None or name in self.wanted:
             self.values[name] = value
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, unit_offset: bool = False) -> jax.Array:
-    """`x / sqrt(mean(x²) + eps) · w` over the last axis, or `· (1 + w)`; float32 inside.
-
-    Reference: Zhang & Sennrich 2019, arXiv:1910.07467.
-    """
-    x32, w32 = x.astype(jnp.float32), weight.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    w32 = (1.0 + w32 if unit_offset else w32).reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x32 * scale * w32).astype(x.dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "kind", "wanted"))
@@ -73,7 +63,7 @@ def block(
     """
     save = Recorder(wanted)
     save("input", x)
-    norm = partial(_norm, config, layer, save)
+    norm, add_norm = partial(_norm, config, layer, save), partial(_add_norm, config, layer, save)
 
     attended, cache = _attention(
         config, layer["self_attn"], norm("input_layernorm", x), positions, cache, kind, save
@@ -83,8 +73,8 @@ def block(
         fed = _feed_forward(config, layer["mlp"], norm("pre_feedforward_layernorm", x), save)
         x = x + norm("post_feedforward_layernorm", fed)
     else:
-        x = x + attended
-        x = x + _feed_forward(config, layer["mlp"], norm("post_attention_layernorm", x), save)
+        x, normed = add_norm("post_attention_layernorm", x, attended)
+        x = x + _feed_forward(config, layer["mlp"], normed, save)
     save("output", x)
     return x, cache, save.values
 
@@ -93,6 +83,16 @@ def _norm(config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, 
     out = rms_norm(x, layer[name]["weight"], config.rms_norm_eps, config.unit_offset_norm)
     save(f"{name}/output", out)
     return out
+
+
+def _add_norm(
+    config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`x + y`, and the norm of it."""
+    options = config.rms_norm_eps, config.unit_offset_norm
+    x, out = add_rms_norm(x, y, layer[name]["weight"], *options)
+    save(f"{name}/output", out)
+    return x, out
 
 
 def _linear(module: Mapping[str, Any], name: str, x: jax.Array, save: Save):
@@ -164,7 +164,8 @@ def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, sav
             save=save,
         )
     gate, up = project(mlp, "gate_up_proj", x, save)
-    return _linear(mlp, "down_proj", activate(gate) * up, save)
+    hidden = silu_mul(gate, up) if activate is jax.nn.silu else activate(gate) * up
+    return _linear(mlp, "down_proj", hidden, save)
 
 
 def activation(config: ModelConfig) -> Callable[[jax.Array], jax.Array]:

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
-from jaxopt_models.models.block import block, rms_norm
+from jaxopt_models.models.block import block
 from jaxopt_models.models.cache import KVCache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.ops import embed, linear
+from kernels_pallas import rms_norm
 
 _NO_TAPS: frozenset[str] = frozenset()
 

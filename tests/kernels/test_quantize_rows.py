@@ -9,9 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from jaxopt_models.formats import resolve
-from jaxopt_models.models.block import rms_norm
 from jaxopt_models.qtensor import quantize_array
-from kernels_pallas import quantize_rms_norm, quantize_rows, quantize_silu_mul
+from kernels_pallas import quantize_rms_norm, quantize_rows, quantize_silu_mul, rms_norm
 from kernels_pallas.eight_bit import KINDS, decode, quotient
 from kernels_pallas.quantize_rows import quantize_kernel, quantize_reference
 
