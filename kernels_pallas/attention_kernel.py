@@ -7,7 +7,7 @@ of 128 slots, while the next ones are loaded:
     S = Q Kᵀ, masked by position    P = 2^(S - max)    O += P V
 
 (Milakov & Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Several CTAs share
-a head ("Flash-Decoding", Dao et al. 2023); XLA adds what they leave, in a fixed order.
+a head ("Flash-Decoding", Dao et al. 2023); `attention_parts` adds up what they leave, in order.
 
 Tiles behind a row's last position, or before its window, are not read: time follows what is filled,
 not the cache's capacity.
@@ -15,7 +15,7 @@ not the cache's capacity.
 
 import math
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,8 +24,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.attention_parts import add_parts
 from kernels_pallas.hopper import rounded, tiled_memory
-from kernels_pallas.launch import begin
 
 TILE = 128  # slots
 MOST_QUERIES = 64  # of a key: the rows of one wgmma
@@ -103,22 +103,8 @@ def attention_kernel(
     limits = jnp.pad(limits, ((0, 0), (0, MOST_QUERIES - plan.queries)))
     mixed, most, sums = _kernel(plan, batch)(rows, *cached, limits, _span(plan, positions))
 
-    total = _together(mixed, most, sums)
-    total = total[:, : plan.queries].astype(query.dtype).reshape(by_key.shape)
-    return jnp.moveaxis(total, 3, 1).reshape(query.shape)
-
-
-def _together(mixed: jax.Array, most: jax.Array, sums: jax.Array) -> jax.Array:
-    """[heads, parts, rows, d] of all parts, weighted: [heads, rows, d].
-
-    Written out, so that XLA makes one kernel of it rather than two reductions and a quotient.
-    """
-    parts = range(mixed.shape[1])
-    top = reduce(jnp.maximum, [most[:, i] for i in parts])
-    factors = [jnp.exp2(most[:, i] - top) for i in parts]
-    weighted = [mixed[:, i] * factors[i][..., None] for i in parts]
-    whole = reduce(jnp.add, [sums[:, i] * factors[i] for i in parts])
-    return reduce(jnp.add, weighted) / whole[..., None]
+    total = add_parts(mixed, most, sums, plan.queries, interpret=interpret)
+    return jnp.moveaxis(total.reshape(by_key.shape), 3, 1).reshape(query.shape)
 
 
 @dataclass(frozen=True)
@@ -205,7 +191,6 @@ def _kernel(plan: _Plan, batch: int):
 
 def _body(plan: _Plan, refs: _Refs) -> None:
     head, part = lax.axis_index("head"), lax.axis_index("part")
-    begin(plan.interpret)
     row = head // plan.groups  # of the batch
     each = (refs.span[row, 1] + plan.parts - 1) // plan.parts
     count = lax.max(lax.min(each, refs.span[row, 1] - part * each), 0)

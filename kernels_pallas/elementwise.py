@@ -5,9 +5,8 @@
     silu_mul(gate, up)            gate · sigmoid(gate) · up
 
 XLA makes two or three kernels of a norm, since it does not fuse a reduction with what uses its
-result. And its kernels do not start before the one before them has ended (`launch`). With few
-tokens that is a good part of the time. Many rows, and what has no kernel, are left to XLA, which
-then also may shard them as it likes.
+result. With few tokens that is a good part of the time. Many rows, and what has no kernel, are left
+to XLA, which then also may shard them as it likes.
 """
 
 from collections.abc import Sequence
@@ -24,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import reference
 from kernels_pallas.batching import rows_together
 from kernels_pallas.hopper import hopper_processors
-from kernels_pallas.launch import begin
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.row_registers import (
     BLOCK,
@@ -177,7 +175,6 @@ def step_kernel(step: _Step, *arrays: jax.Array, interpret: bool = False) -> Any
 def _norm(step: _Step, interpret: bool, *references: Any) -> None:
     count = 2 if step.kind == "add_rms_norm" else 1
     inputs, weight, outputs = references[:count], references[count], references[count + 1 :]
-    begin(interpret)
     row, parts = lax.axis_index("row"), pieces(weight.shape[0])
 
     def value(part: Any) -> jax.Array:
@@ -199,7 +196,6 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
 
 def _silu_mul(step: _Step, interpret: bool, gate: Any, up: Any, out: Any) -> None:
     del step
-    begin(interpret)
     row, blocks = lax.axis_index("row"), out.shape[1] // lax.axis_size("part")
     part = pl.ds(lax.axis_index("part") * blocks, blocks)
     value = silu(read(gate.at[row, part])) * read(up.at[row, part])

@@ -24,9 +24,6 @@ from kernels_pallas.decode_tiling import MOST_ROWS, PADDED, Tiling, default_tili
 from kernels_pallas.four_bit import ROWS, SCALE_WORDS, STEP, FourBit, Kind
 from kernels_pallas.fragments import Fragments
 from kernels_pallas.hopper import rounded, tiled_memory
-from kernels_pallas.launch import begin
-
-_AHEAD = 2**17  # bytes of the weight that a CTA asks for before it may begin
 
 
 @partial(jax.jit, static_argnames=("tiling", "processors", "interpret"))
@@ -114,13 +111,6 @@ class _Plan:
         return min(self.tiling.depth, self.groups // self.ctas * self.steps)
 
     @property
-    def ahead(self) -> int:
-        """Tiles of each warpgroup that are asked for before it may begin."""
-        every_cta_has = self.groups // self.ctas
-        of_a_turn = self.tiling.wn * ROWS * self.columns // self.tiling.split // 2
-        return min(every_cta_has, -(-_AHEAD // of_a_turn))
-
-    @property
     def out(self) -> jax.ShapeDtypeStruct:
         dtype = jnp.bfloat16 if self.tiling.split == 1 else jnp.float32
         return jax.ShapeDtypeStruct((self.tiling.split, self.out_rows, ROWS * self.tiles), dtype)
@@ -178,7 +168,6 @@ def _kernel(plan: _Plan):
 
 def _all_tiles(plan: _Plan, refs: _Refs) -> None:
     my_part, turns = plan.place()[1], plan.turns()
-    begin(plan.interpret, [_codes_of(plan, refs, turn) for turn in range(plan.ahead)])
     loaded = tuple(_fetch(plan, refs, *divmod(step, plan.steps)) for step in range(plan.depth))
     _copy_activations(plan, refs)
     plgpu.barrier_wait(refs.ready.at[my_part])
@@ -208,14 +197,6 @@ def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, j
     codes = refs.codes.at[plan.tile(turn), pl.ds(place * 2 * STEP, 2 * STEP)]
     scales = refs.scales.at[plan.tile(turn), pl.ds(place * words, words)]
     return plan.fragments.load_codes(codes), plan.fragments.load_scales(scales)
-
-
-def _codes_of(plan: _Plan, refs: _Refs, turn: int) -> Any:
-    """A warpgroup's part of a tile."""
-    part, (_, my_part) = lax.axis_index("part"), plan.place()
-    words = plan.steps * 2 * STEP
-    place = (part * plan.tiling.wk + my_part) * words
-    return refs.codes.at[plan.tile(turn), pl.ds(place, words)]
 
 
 def _copy_activations(plan: _Plan, refs: _Refs) -> None:
