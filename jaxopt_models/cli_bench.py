@@ -182,6 +182,44 @@ def bench_decode(
         )
 
 
+@bench.command("greedy")
+def bench_greedy(
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(help="Preset or YAML; may be repeated; else five with kernels."),
+    ] = None,
+    text: Annotated[str, typer.Option(help="As in eval.")] = "builtin",
+    prompts: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 16,
+    length: Annotated[int, typer.Option(min=1, help="Ids of each prompt.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Ids generated for each.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for greedy_<device>.json.")
+    ] = None,
+) -> None:
+    """Compare greedy tokens of kernels with those of the reference path, near-ties listed."""
+    from jaxopt_models.bench import greedy
+
+    result = greedy.bench_greedy(
+        model,
+        recipe or greedy.RECIPES,
+        prompts=prompts,
+        length=length,
+        new_tokens=new_tokens,
+        text=text,
+        out=out,
+        progress=report.progress,
+    )
+    for row in result["rows"]:
+        report.out.print(f"{row['recipe']}: {row['equal']} of {row['prompts']} prompts equal")
+        for one in row["differences"]:
+            report.out.print(
+                f"  prompt {one['row']}, token {one['position']}: {one['found']} for "
+                f"{one['expected']}, {one['margin']:.4f} less; noise {one['noise']:.4f}"
+                + ("" if one["near_tie"] else ", no near-tie")
+            )
+
+
 @bench.command("quality")
 def bench_quality(
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxopt_models import tree
 from jaxopt_models.bench.bandwidth import read_bandwidth, seconds_per_turn
-from jaxopt_models.bench.quality_results import device, today
+from jaxopt_models.bench.quality_results import device, device_file, today
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import resolve
@@ -31,7 +31,6 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.qtensor import InputQuantizer, quantize_array
 from jaxopt_models.report import write_json
 from jaxopt_models.sampling import make_sampler
-from kernels_pallas.tuning import slug
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
 _GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -99,7 +98,7 @@ def bench_decode(
     chosen = {"format": formats, "head": [head], "cache": [kv_format]}
     _check({"model": [model]} | chosen, context, steps)
     config = replace(ModelConfig.from_hf(MODELS[model]), dtype=_DTYPE.dtype.name)
-    file, bandwidth = out and _file(out), read_bandwidth()
+    file, bandwidth = out and device_file(out, "decode"), read_bandwidth()
     packages = ("jaxopt-models", "jax", "jaxlib")
     result: dict[str, Any] = {
         "read_bytes_per_second": bandwidth,
@@ -203,17 +202,6 @@ def _filled(
 
 def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
-
-
-def _file(out: Path) -> Path:
-    """The file, its directory made."""
-    name = slug(jax.devices()[0].device_kind)
-    file = out if out.suffix == ".json" else out / f"decode_{name}.json"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the directory {file.parent}: {error.strerror}") from error
-    return file
 
 
 def _check(chosen: Mapping[str, Sequence[str]], context: int, steps: int) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.report import empty_table, write_json
+from kernels_pallas.tuning import slug
 
 # What decides whether two figures compare.
 _DECISIVE = ("calibration_text", "evaluation_text", "windows", "length")
@@ -31,6 +32,22 @@ def results_file(out: Path, model: str, models: int) -> Path:
         file = out
     else:
         file = out / f"quality_{Path(model).name.split('-')[0]}.json"
+    return _in_directory(file)
+
+
+def device_file(out: Path, what: str) -> Path:
+    """Where figures of this device go: `out` if it is a .json file, else `<what>_<device>.json` in
+    it.
+
+    Raises:
+      UserError: if the directory cannot be made.
+    """
+    name = slug(jax.devices()[0].device_kind)
+    return _in_directory(out if out.suffix == ".json" else out / f"{what}_{name}.json")
+
+
+def _in_directory(file: Path) -> Path:
+    """The file, its directory made."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
