@@ -90,7 +90,7 @@ def _rows(step: _Step, arrays: Sequence[jax.Array], weight: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _differentiable(step: _Step, arrays: Sequence[jax.Array], weight: Any) -> Any:
-    return rows_together(partial(_shared, step))(*arrays, weight)
+    return _batched(step, *arrays, weight)
 
 
 def _forward(step: _Step, arrays: Sequence[jax.Array], weight: Any) -> tuple[Any, Any]:
@@ -103,6 +103,11 @@ def _backward(step: _Step, kept: Any, gradient: Any) -> Any:
 
 
 _differentiable.defvjp(_forward, _backward)
+
+
+@partial(jax.jit, static_argnums=0)  # or calls outside jit would each compile
+def _batched(step: _Step, *arguments: Any) -> Any:
+    return rows_together(partial(_shared, step))(*arguments)
 
 
 def _shared(step: _Step, *arguments: Any) -> Any:

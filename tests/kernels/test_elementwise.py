@@ -118,6 +118,16 @@ def test_elsewhere_it_is_the_reference_and_so_are_gradients(hopper, name, dtype)
         )
 
 
+@pytest.mark.parametrize("name", STEPS)
+def test_outside_jit_a_shape_compiles_once(hopper, name, monkeypatch):
+    traced, shared = [], elementwise._shared
+    monkeypatch.setattr(elementwise, "_shared", lambda *a: traced.append(1) or shared(*a))
+    arrays = inputs(STEPS[name], 7, 512)
+    for _ in range(3):
+        call(STEPS[name])(*arrays)
+    assert len(traced) == 1
+
+
 def test_the_reference_is_the_formula():
     x, weight = inputs(STEPS["norm"], 5, 64, dtype=jnp.float32)
     (expected,) = exact(STEPS["norm"], x, weight)
