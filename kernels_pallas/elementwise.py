@@ -186,15 +186,18 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
         first, *more = (read(ref.at[row, part]) for ref in inputs)
         return _kept(first + more[0], interpret) if more else first
 
-    if len(parts) == 1:
-        only = value(parts[0])
-        value = lambda part: only  # noqa: E731
+    def factor(part: Any) -> jax.Array:
+        own = read(weight.at[part])
+        return 1.0 + own if step.unit_offset else own
+
+    if len(parts) == 1:  # read at once: nothing waits for memory when the sum is known
+        only, only_factor = value(parts[0]), factor(parts[0])
+        value, factor = lambda part: only, lambda part: only_factor
     squares = [total(jnp.square(value(part))) for part in parts]
     scale = lax.rsqrt(sum(squares[1:], squares[0]) / (weight.shape[0] * BLOCK) + step.eps)
     for part in parts:
-        summed, factor = value(part), read(weight.at[part])
-        factor = 1.0 + factor if step.unit_offset else factor
-        results = [summed] * (count - 1) + [summed * scale * factor]
+        summed = value(part)
+        results = [summed] * (count - 1) + [summed * scale * factor(part)]
         for ref, result in zip(outputs, results, strict=True):
             ref[row, part] = result.astype(ref.dtype)
 
