@@ -68,7 +68,7 @@ type _Options = tuple[tuple[str, Any], ...]
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(options: _Options, *arrays: jax.Array) -> jax.Array:
-    return batches_together(partial(_shared, options))(*arrays)
+    return _batched(options, *arrays)
 
 
 def _forward(options: _Options, *arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -82,6 +82,11 @@ def _backward(options: _Options, arrays: tuple[jax.Array, ...], gradient: jax.Ar
 
 
 _attention.defvjp(_forward, _backward)
+
+
+@partial(jax.jit, static_argnums=0)  # or calls outside jit would each compile
+def _batched(options: _Options, *arrays: jax.Array) -> jax.Array:
+    return batches_together(partial(_shared, options))(*arrays)
 
 
 def _shared(options: _Options, *arrays: jax.Array) -> jax.Array:

@@ -104,6 +104,15 @@ def test_elsewhere_it_is_the_reference(hopper, name):
     assert_close(found, exact(*given, scale=0.3, **options))
 
 
+def test_outside_jit_a_shape_compiles_once(hopper, monkeypatch):
+    traced, shared = [], attention._shared
+    monkeypatch.setattr(attention, "_shared", lambda *a: traced.append(1) or shared(*a))
+    given = arrays((1, 3, 4, 2, 72, 64))
+    for _ in range(3):
+        cached_attention(*given, scale=0.31)
+    assert len(traced) == 1
+
+
 def test_gradients_are_the_reference_s(hopper):
     *given, positions = arrays((2, 3, 4, 2, 40, 64))
     slots = jnp.arange(40)[None]
