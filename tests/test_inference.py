@@ -70,8 +70,9 @@ def params_of(config: ModelConfig) -> Any:
     return tree.map_with_path(leaf, init(config, jax.random.key(0)))
 
 
-def quantized(config: ModelConfig, recipe: str) -> Any:
-    return quantize(Model(config, params_of(config)), Recipe.load(recipe), [TOKENS])[0]
+def quantized(config: ModelConfig, recipe: str | Recipe) -> Any:
+    recipe = Recipe.load(recipe) if isinstance(recipe, str) else recipe
+    return quantize(Model(config, params_of(config)), recipe, [TOKENS])[0]
 
 
 def names_of(module: dict[str, Any]) -> set[str]:
@@ -116,13 +117,22 @@ def test_arrays_are_joined(config):
 
 
 # Every format with a kernel; inputs as they are, in static and dynamic formats, rotated.
+RULES = {
+    "nvfp4, smoothed": {"weight": "nvfp4", "activation": "nvfp4", "smooth": "smoothquant"},
+    "mxfp4, rotated": {"weight": "mxfp4", "activation": "mxfp4", "rotate": 64},
+    "w4a8, smoothed": {
+        "weight": {"format": "int4", "block_size": 128},
+        "activation": {"format": "fp8", "granularity": "tensor"},
+        "smooth": "smoothquant",
+    },
+}
 RECIPES = [
     ("int4_awq", "biases"),
-    ("nvfp4_awq", "llama"),
+    ("nvfp4, smoothed", "llama"),
     ("nvfp4_weight_only", "query and key norms"),
     ("nvfp4_fp8_kv", "gemma"),
-    ("mxfp4_rotated", "llama"),
-    ("w4a8_awq", "llama"),
+    ("mxfp4, rotated", "llama"),
+    ("w4a8, smoothed", "llama"),
     ("fp8", "biases"),
     ("fp8_dynamic", "gemma"),
     ("fp8_block", "a key for each query"),
@@ -134,6 +144,9 @@ RECIPES = [
 @pytest.mark.parametrize(("recipe", "model"), RECIPES)
 def test_quantized_matrices_are_packed_and_joined(recipe, model):
     config = MODELS[model]
+    if recipe in RULES:
+        rules = [{"match": "*"} | RULES[recipe]]
+        recipe = Recipe.model_validate({"name": "quick", "rules": rules})
     params = with_bfloat16_scales(quantized(config, recipe))
     prepared = prepare(params)
     assert kinds(params) == {QTensor} and kinds(prepared) == {PackedTensor}
