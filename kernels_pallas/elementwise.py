@@ -28,11 +28,14 @@ from kernels_pallas.row_registers import (
     BLOCK,
     LEAST_BLOCKS,
     by_blocks,
+    check_kernel,
+    has_kernel,
+    inverse_rms,
+    kept,
     pieces,
     read,
     silu,
     stored,
-    total,
 )
 
 _MOST_ROWS = 256  # that take a kernel
@@ -131,12 +134,6 @@ def _local(step: _Step, *arrays: jax.Array) -> Any:
     return lax.platform_dependent(*arrays, cuda=partial(step_kernel, step), default=otherwise)
 
 
-def has_kernel(*arrays: jax.Array) -> bool:
-    """Whether there are rows, all bfloat16, and K is a multiple of 512."""
-    typed = all(array.dtype == jnp.bfloat16 for array in arrays)
-    return typed and arrays[0].size > 0 and arrays[0].shape[-1] % (LEAST_BLOCKS * BLOCK) == 0
-
-
 def step_reference(step: _Step, *arrays: Any) -> Any:
     """What the kernels compute, in jnp."""
     if step.kind == "silu_mul":
@@ -157,19 +154,15 @@ def step_kernel(step: _Step, *arrays: jax.Array, interpret: bool = False) -> Any
     Raises:
       ValueError: for other arrays.
     """
-    if not has_kernel(*arrays):
-        raise ValueError(
-            f"no kernel for {[f'{array.dtype}{array.shape}' for array in arrays]}; needed are "
-            "bfloat16 [M, K], K a multiple of 512"
-        )
+    check_kernel(*arrays)
     (m, k), views = arrays[0].shape, [by_blocks(array) for array in arrays]
     out = jax.ShapeDtypeStruct((m, k // BLOCK, BLOCK), jnp.bfloat16)
     split = step.kind == "silu_mul"
-    parts = len(pieces(k // BLOCK, most=2 * LEAST_BLOCKS))
+    parts = [len(pieces(k // BLOCK, most=2 * LEAST_BLOCKS))] if split else []
     found = plgpu.kernel(
-        partial(_silu_mul if split else _norm, step, interpret),
+        _silu_mul if split else partial(_norm, step, interpret),
         out_type=(out, out) if step.kind == "add_rms_norm" else out,
-        grid=(m, parts) if split else (m,),
+        grid=(m, *parts),
         grid_names=("row", "part") if split else ("row",),
         interpret=plgpu.InterpretGPUParams() if interpret else None,
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
@@ -184,7 +177,7 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
 
     def value(part: Any) -> jax.Array:
         first, *more = (read(ref.at[row, part]) for ref in inputs)
-        return _kept(first + more[0], interpret) if more else first
+        return kept(first + more[0], jnp.bfloat16, interpret) if more else first
 
     def factor(part: Any) -> jax.Array:
         own = read(weight.at[part])
@@ -193,8 +186,7 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
     if len(parts) == 1:  # read at once: nothing waits for memory when the sum is known
         only, only_factor = value(parts[0]), factor(parts[0])
         value, factor = lambda part: only, lambda part: only_factor
-    squares = [total(jnp.square(value(part))) for part in parts]
-    scale = lax.rsqrt(sum(squares[1:], squares[0]) / (weight.shape[0] * BLOCK) + step.eps)
+    scale = inverse_rms(value, parts, step.eps)
     for part in parts:
         summed = value(part)
         results = [summed] * (count - 1) + [summed * scale * factor(part)]
@@ -202,16 +194,8 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
             ref[row, part] = result.astype(ref.dtype)
 
 
-def _silu_mul(step: _Step, interpret: bool, gate: Any, up: Any, out: Any) -> None:
-    del step
+def _silu_mul(gate: Any, up: Any, out: Any) -> None:
     row, blocks = lax.axis_index("row"), out.shape[1] // lax.axis_size("part")
     part = pl.ds(lax.axis_index("part") * blocks, blocks)
     value = silu(read(gate.at[row, part])) * read(up.at[row, part])
     out[row, part] = value.astype(out.dtype)
-
-
-def _kept(value: jax.Array, interpret: bool) -> jax.Array:
-    """float32, rounded to bfloat16."""
-    if interpret:
-        return stored(value, jnp.bfloat16)
-    return value.astype(jnp.bfloat16).astype(jnp.float32)

@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir.dialects import arith
 
 from kernels_pallas import instructions as ptx
+from kernels_pallas import reference
 from kernels_pallas.batching import one_by_one
 from kernels_pallas.eight_bit import (
     BLOCK,
@@ -41,14 +42,16 @@ from kernels_pallas.eight_bit import (
 from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
 from kernels_pallas.row_registers import (
-    LEAST_BLOCKS,
     block_layout,
     by_blocks,
+    check_kernel,
+    has_kernel,
+    inverse_rms,
+    kept,
     pieces,
     read,
     silu,
     stored,
-    total,
 )
 
 Source = Literal["rows", "rms_norm", "silu_mul"]
@@ -134,12 +137,6 @@ def _local(source: Source, kind: Kind, eps: float, *arrays: jax.Array):
     return lax.platform_dependent(*arrays, cuda=kernel, default=reference)
 
 
-def has_kernel(*arrays: jax.Array) -> bool:
-    """Whether there are rows, all bfloat16, and K is a multiple of 512."""
-    typed = all(array.dtype == jnp.bfloat16 for array in arrays)
-    return typed and arrays[0].size > 0 and arrays[0].shape[1] % (LEAST_BLOCKS * BLOCK) == 0
-
-
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def quantize_reference(
     source: Source, kind: Kind, eps: float, *arrays: jax.Array
@@ -147,7 +144,7 @@ def quantize_reference(
     """What the kernel computes, in jnp."""
     x, *more = (array.astype(jnp.float32) for array in arrays)
     if source == "rms_norm":
-        x = x * lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + eps) * more[0][None]
+        x = reference.rms_norm(x, more[0], eps)
     if source == "silu_mul":
         x = silu(x) * more[0]
     return encode(stored(x, arrays[0].dtype), kind)
@@ -165,11 +162,7 @@ def quantize_kernel(
     Raises:
       ValueError: for other arrays.
     """
-    if not has_kernel(*arrays):
-        raise ValueError(
-            f"no kernel for {[f'{array.dtype}{array.shape}' for array in arrays]}; needed are "
-            "bfloat16 [M, K], K a multiple of 512"
-        )
+    check_kernel(*arrays)
     m, k = arrays[0].shape
     codes, scales = plgpu.kernel(
         partial(_body, source, kind, eps, interpret),
@@ -226,19 +219,16 @@ def _source(
     """part -> what is to be quantized of it, float32 [blocks, 128]."""
     x, *more = inputs
 
-    def kept(value: jax.Array) -> jax.Array:
-        if interpret:
-            return normal(stored(value, x.dtype))
-        return normal(value.astype(x.dtype))
+    def ready(value: jax.Array) -> jax.Array:
+        return normal(kept(value, x.dtype, interpret))
 
     if source == "silu_mul":
         (up,) = more
-        return lambda part: kept(silu(read(x.at[row, part])) * read(up.at[row, part]))
+        return lambda part: ready(silu(read(x.at[row, part])) * read(up.at[row, part]))
     if source == "rms_norm":
         (weight,) = more
-        squares = [total(jnp.square(read(x.at[row, part]))) for part in parts]
-        scale = lax.rsqrt(sum(squares[1:], squares[0]) / (x.shape[1] * BLOCK) + eps)
-        return lambda part: kept(read(x.at[row, part]) * scale * read(weight.at[part]))
+        scale = inverse_rms(lambda part: read(x.at[row, part]), parts, eps)
+        return lambda part: ready(read(x.at[row, part]) * scale * read(weight.at[part]))
     return lambda part: normal(read(x.at[row, part]))
 
 

@@ -2,7 +2,7 @@
 
 A row is beside the same model in bfloat16 and beside the time that reading its bytes takes. Times
 are wall clock of the loop on the device, without prompt and compilation, cache reads and sampling
-included. Attention reads the whole capacity of the cache, however much of it is filled.
+included. They are of the cache's last positions, so that it is nearly full.
 """
 
 import gc

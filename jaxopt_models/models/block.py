@@ -164,7 +164,7 @@ def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, sav
             save=save,
         )
     gate, up = project(mlp, "gate_up_proj", x, save)
-    hidden = silu_mul(gate, up) if activate is jax.nn.silu else activate(gate) * up
+    hidden = silu_mul(gate, up) if config.activation == "silu" else activate(gate) * up
     return _linear(mlp, "down_proj", hidden, save)
 
 
