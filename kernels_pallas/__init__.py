@@ -16,6 +16,7 @@ from kernels_pallas.elementwise import add_rms_norm, rms_norm, silu_mul
 from kernels_pallas.four_bit import FourBit, pack_int4, pack_mxfp4, pack_nvfp4
 from kernels_pallas.joining import concatenate
 from kernels_pallas.quantize_rows import quantize_rms_norm, quantize_rows, quantize_silu_mul
+from kernels_pallas.rotary import rotate_append
 from kernels_pallas.w8a8 import w8a8, w8a8_product
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "quantize_rows",
     "quantize_silu_mul",
     "rms_norm",
+    "rotate_append",
     "silu_mul",
     "w4a16",
     "w8a8",

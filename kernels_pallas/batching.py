@@ -29,14 +29,15 @@ def rows_together(function: Callable[..., Any]) -> Callable[..., Any]:
     return batched
 
 
-def batches_together(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def batches_together(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays [B, …] that takes a batch of them as [batch · B, …]."""
     batched = jax.custom_batching.custom_vmap(function)
 
     @batched.def_vmap
-    def _(size: int, has: Any, *arguments: jax.Array) -> tuple[jax.Array, bool]:
+    def _(size: int, has: Any, *arguments: jax.Array) -> tuple[Any, Any]:
         out = batched(*map(partial(_merged, size), arguments, has))
-        return out.reshape(size, -1, *out.shape[1:]), True
+        out = jax.tree.map(lambda array: array.reshape(size, -1, *array.shape[1:]), out)
+        return out, jax.tree.map(lambda _: True, out)
 
     return batched
 

@@ -69,3 +69,27 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, unit_offset: bool = Fa
     scale = lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     w32 = (1.0 + w32 if unit_offset else w32).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x32 * scale * w32).astype(x.dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Pairs (i, i + d/2) of heads [B, T, H, d] by angles [B, T, d/2], in float32; see `rotary`."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def write_slots[T](cache: T, rows: T, slots: jax.Array) -> T:
+    """Arrays [B, G, S, …] with rows [B, N, G, …] at slots int32 [B, N]; one >= S is dropped.
+
+    Scatter, because `dynamic_update_slice` would clamp a write near the end onto earlier slots.
+    """
+    batch = jnp.arange(slots.shape[0])[:, None]
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[batch, :, slots].set(new.astype(old.dtype), mode="drop")
+
+    written = jax.tree.map(write, cache, rows)
+    # XLA makes a scatter of one update a select on the old contents and fuses that into every
+    # reader, each with a copy of the cache. Behind a barrier it stays one write in place.
+    return lax.optimization_barrier(written) if slots.size == 1 else written

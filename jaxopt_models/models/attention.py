@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_models.models.config import Rope
-from kernels_pallas import cached_attention
-from kernels_pallas.reference import attention
+from kernels_pallas import cached_attention, reference
 
 _QUERY_CHUNK = 1024  # most queries of which scores are held at once
 _LEAST_CHUNK = 128  # fewer make products too small to be worth the keys they spare
@@ -37,6 +36,13 @@ def _llama3_frequencies(frequencies: np.ndarray, rope: Rope) -> np.ndarray:
     return (1 - blend) * frequencies / rope.factor + blend * frequencies
 
 
+def angles(positions: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of `position * frequency_i`, float32 [B, T, d/2], of positions [B, T]."""
+    frequencies = jnp.asarray(rope_frequencies(rope, head_dim)).reshape(1, 1, -1)
+    turned = positions.astype(jnp.float32)[:, :, None] * frequencies
+    return jnp.cos(turned), jnp.sin(turned)
+
+
 def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     """Rotates pairs (i, i + d/2) of each head by `position * frequency_i` (Su et al. 2021).
 
@@ -48,12 +54,7 @@ def rotate(x: jax.Array, positions: jax.Array, rope: Rope) -> jax.Array:
     Returns:
       Array like `x`. Reference: arXiv:2104.09864.
     """
-    frequencies = jnp.asarray(rope_frequencies(rope, x.shape[-1])).reshape(1, 1, 1, -1)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    return reference.rotate(x, *angles(positions, rope, x.shape[-1]))
 
 
 def cached_attend(
@@ -120,7 +121,7 @@ def self_attend(
         seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)
         rows, keys, values = query[:, part], key[:, :, seen], value[:, :, seen]
         at, keys_at = positions[:, part], positions[:, seen]
-        return attention(rows, keys, values, at, keys_at, **options)
+        return reference.attention(rows, keys, values, at, keys_at, **options)
 
     return _in_chunks(length, min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4))), chunk)
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_models.models.attention import cached_attend, rotate, self_attend
+from jaxopt_models.models.attention import angles, cached_attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
@@ -124,13 +124,16 @@ def _attention(
         eps, offset = config.rms_norm_eps, config.unit_offset_norm
         query = rms_norm(query, weights["q_norm"]["weight"], eps, offset)
         key = rms_norm(key, weights["k_norm"]["weight"], eps, offset)
-    rope = config.rope if kind == "full" else config.local_rope
-    query, key = rotate(query, positions, rope), rotate(key, positions, rope)
+    rope, quantizer = config.rope if kind == "full" else config.local_rope, weights.get("kv_cache")
+    if cache is None or quantizer is not None:
+        query, key = rotate(query, positions, rope), rotate(key, positions, rope)
+    else:
+        turned = angles(positions, rope, config.head_dim)
+        query, key, cache = cache.append_rotated(query, key, value, positions, turned)
     save("query", query)
     save("key", key)
     save("value", value)
 
-    quantizer = weights.get("kv_cache")
     if quantizer is not None:
         query, key = quantizer.rotated(query), quantizer.rotated(key)
     scores = {
@@ -144,7 +147,8 @@ def _attention(
             key, value = quantizer.key(key), quantizer.value(value)
         mixed = self_attend(query, key, value, **scores)
     else:
-        cache = cache.append(key, value, positions, quantizer)
+        if quantizer is not None:
+            cache = cache.append(key, value, positions, quantizer)
         key, value = cache.read(x.dtype, quantizer)
         mixed = cached_attend(query, key, value, positions, **scores)
     mixed = mixed.reshape(batch, length, -1)

@@ -16,6 +16,7 @@ from jaxopt_models.kv_quantizer import KVQuantizer
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.projections import widths
 from jaxopt_models.tree import size_in_bits
+from kernels_pallas import reference, rotate_append
 
 
 @struct.dataclass
@@ -43,20 +44,23 @@ class LayerCache:
         slots: jax.Array,
         quantizer: KVQuantizer | None = None,
     ) -> "LayerCache":
-        """Writes [B, N, G, d] at slots int32 [B, N]; a slot >= S is dropped.
-
-        Scatter, because `dynamic_update_slice` would clamp a write near the end onto earlier slots.
-        """
+        """Writes [B, N, G, d] at slots int32 [B, N]; a slot >= S is dropped."""
         _check(self, quantizer)
-        rows = jnp.arange(slots.shape[0])[:, None]
+        return reference.write_slots(self, _entries(keys, values, quantizer), slots)
 
-        def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            return old.at[rows, :, slots].set(new.astype(old.dtype), mode="drop")
-
-        cache = jax.tree.map(write, self, _entries(keys, values, quantizer))
-        # XLA makes a scatter of one update a select on the old contents and fuses that into every
-        # reader, each with a copy of the cache. Behind a barrier it stays one write in place.
-        return jax.lax.optimization_barrier(cache) if slots.size == 1 else cache
+    def append_rotated(
+        self,
+        query: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        slots: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, jax.Array, "LayerCache"]:
+        """(query, keys, cache): both rotated, and `append(keys, values, slots)`, in one kernel."""
+        _check(self, None)
+        arrays = query, keys, values, *angles, slots
+        query, keys, *cached = rotate_append(*arrays, self.keys, self.values)
+        return query, keys, LayerCache(*cached)
 
     def read(self, dtype: Any, quantizer: KVQuantizer | None = None) -> tuple[jax.Array, jax.Array]:
         """Keys and values of all slots, each [B, G, S, d] in `dtype`."""
