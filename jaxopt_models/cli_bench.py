@@ -112,6 +112,9 @@ def bench_kernels(
     limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which nothing more is begun.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Processes that compile; they take turns on the GPU.")
+    ] = 1,
     json: JsonOption = None,
 ) -> None:
     """Time products of low-precision weights, beside peers and what the device can do at all.
@@ -119,6 +122,7 @@ def bench_kernels(
     Rows are printed and saved one by one. A JSON file that is there is gone on with.
     """
     from jaxopt_models.bench import kernels
+    from jaxopt_models.bench.kernel_products import Tuning
     from jaxopt_models.bench.kernel_results import kernel_table
 
     if (exhaustive or table) and not tune:
@@ -128,10 +132,11 @@ def bench_kernels(
         [shape for name in names for shape in kernels.SHAPES[name]],
         rows,
         kind or kernels.FORMATS,
-        tune=kernels.Tuning(exhaustive, table) if tune else None,
+        tune=Tuning(exhaustive, table) if tune else None,
         peer_python=peer_python,
         peers=peer or (),
         limit=limit,
+        jobs=jobs,
         out=json,
         say=lambda line: report.out.print(line, soft_wrap=True, markup=False, highlight=False),
     )

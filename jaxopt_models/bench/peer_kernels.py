@@ -1,8 +1,8 @@
 """The peers of `bench.kernels`, in a process and an environment of their own.
 
-Imports nothing of this package but `peer_products` beside it. Reads problems from standard input
-and writes what it finds to standard output, both one JSON object a line, each as soon as it is
-known:
+Imports nothing of this package but `alone` and `peer_products` beside it. Reads problems from
+standard input and writes what it finds to standard output, both one JSON object a line, each as
+soon as it is known:
 
     {"format": "int4", "n": 4096, "k": 4096, "ms": [1, 16], "without": ["gemlite"], "only": []}
     {"ceilings": true}
@@ -118,12 +118,14 @@ def measured(product: Any, w: Any, m: int, tolerance: float) -> dict[str, Any]:
 def microseconds(once: Callable[[], Any]) -> tuple[float, str]:
     """Time of the kernels of `once`, and by which clock."""
     import torch  # pyright: ignore[reportMissingImports]
+    from alone import alone
 
     once()  # compiles and tunes
     torch.cuda.synchronize()
-    times = _kernels(once)
-    if not times:
-        return _graph_microseconds(once), "CUDA graph"
+    with alone():
+        times = _kernels(once)
+        if not times:
+            return _graph_microseconds(once), "CUDA graph"
     if len(times) % _ROUNDS:
         return sum(times) / _ROUNDS, "CUPTI, mean"
     size = len(times) // _ROUNDS

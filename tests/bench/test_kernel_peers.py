@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxopt_models.bench import kernel_peers
+from jaxopt_models.bench import alone, kernel_peers
 from jaxopt_models.bench.kernel_peers import Peers
 from jaxopt_models.errors import UserError
 
@@ -133,6 +133,7 @@ def test_by_which_clock(monkeypatch, times, expected):
     spec.loader.exec_module(script)
     torch = SimpleNamespace(cuda=SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "alone", alone)
     monkeypatch.setattr(script, "_kernels", lambda once: times)
     monkeypatch.setattr(script, "_graph_microseconds", lambda once: 7.0)
     us, clock = script.microseconds(lambda: None)

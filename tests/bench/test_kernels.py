@@ -1,6 +1,7 @@
 """The kernel bench: what it asks to be timed, and what a row says. No time is measured here."""
 
 import json
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -10,10 +11,12 @@ import jax
 import pytest
 
 from jaxopt_models import cli
-from jaxopt_models.bench import kernel_operations, kernel_timing, kernels
+from jaxopt_models.bench import kernel_operations, kernel_products, kernel_timing, kernels
+from jaxopt_models.bench.alone import LOCK, alone
 from jaxopt_models.bench.kernel_operations import OPERATIONS, nearest
+from jaxopt_models.bench.kernel_products import Tuning, operations
 from jaxopt_models.bench.kernel_results import best_peer, kernel_table
-from jaxopt_models.bench.kernels import Tuning, bench_kernels
+from jaxopt_models.bench.kernels import bench_kernels
 from jaxopt_models.errors import UserError
 from kernels_pallas import reference, tuning
 from kernels_pallas.decode_tiling import Tiling, default_tiling, tilings
@@ -47,7 +50,7 @@ def timed(monkeypatch, tmp_path):
     for name in ("w4a16_decode", "w4a16_wide"):
         kernel = getattr(kernel_operations, name)
         monkeypatch.setattr(kernel_operations, name, product(kernel))
-    for module in (kernel_timing, kernels):
+    for module in (kernel_timing, kernel_products):
         monkeypatch.setattr(module, "microseconds", microseconds)
     monkeypatch.setattr(kernel_timing, "ceilings", lambda say: dict(CEILINGS))
     monkeypatch.setattr(kernel_timing, "L2", 2**14)
@@ -67,7 +70,7 @@ def broken(monkeypatch, should_fail) -> None:
             raise RuntimeError("no such instruction")
         return decode.run(x, weight, tiling, processors)
 
-    monkeypatch.setattr(kernels, "OPERATIONS", (replace(decode, run=run),))
+    monkeypatch.setattr(kernel_products, "OPERATIONS", (replace(decode, run=run),))
 
 
 def test_a_row_for_each_product(timed, tmp_path):
@@ -115,10 +118,10 @@ def test_a_wrong_product_is_no_figure(timed, monkeypatch):
 
 def test_rows_that_no_kernel_takes(timed, monkeypatch):
     few = tuple(op for op in OPERATIONS if op.kernel == "w4a16_decode")
-    monkeypatch.setattr(kernels, "OPERATIONS", few)
+    monkeypatch.setattr(kernel_products, "OPERATIONS", few)
     said = []
     result = bench_kernels([SHAPE], None, ["int4"], say=said.append)
-    taken = {m for m in kernels.ROWS if any(kernels._operations("int4", m))}
+    taken = {m for m in kernels.ROWS if any(operations("int4", m))}
     assert {row["M"] for row in result["rows"]} == taken
     assert len([line for line in said if "left out" in line]) == len(kernels.ROWS) - len(taken)
     with pytest.raises(UserError, match="no kernel takes 17 rows with int4 weights"):
@@ -177,13 +180,13 @@ def test_a_tiling_that_fails_is_passed_over(timed, monkeypatch):
 def test_the_limit_ends_it_with_what_is_finished(timed, monkeypatch, tmp_path):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    fast = kernels.microseconds
+    fast = kernel_products.microseconds
 
     def slow(run, x, weights):
         clock[0] += 10
         return fast(run, x, weights)
 
-    monkeypatch.setattr(kernels, "microseconds", slow)
+    monkeypatch.setattr(kernel_products, "microseconds", slow)
     said, out = [], tmp_path / "out.json"
     bench_kernels([SHAPE], [1, 4, 8], ["int4"], limit=25, out=out, say=said.append)
     assert [row["M"] for row in json.loads(out.read_text())["rows"]] == [1, 4]
@@ -206,6 +209,36 @@ def test_a_file_is_gone_on_with(timed, monkeypatch, tmp_path):
     out.write_text("[]")
     with pytest.raises(UserError, match="holds no results of this bench; choose another --json"):
         bench_kernels([SHAPE], [4], ["int4"], out=out)
+
+
+def test_processes_side_by_side_give_what_they_find(timed):
+    """Each product fails there, since those processes see no GPU."""
+    said = []
+    with pytest.raises(UserError, match="4 products could not be timed, first w4a16_decode int4"):
+        bench_kernels([SHAPE], [1, 16], ["int4", "fp8"], jobs=2, say=said.append)
+    failed = [line for line in said if " x 1024, M = " in line]
+    assert [line.split(":")[0] for line in failed] == [
+        "w4a16_decode int4 64 x 1024, M = 1",
+        "w4a16_decode int4 64 x 1024, M = 16",
+        "w8a8 fp8 64 x 1024, M = 1",
+        "w8a8 fp8 64 x 1024, M = 16",
+    ]
+
+
+def test_one_process_at_a_time_is_alone(monkeypatch, tmp_path):
+    file = tmp_path / "lock"
+    monkeypatch.setenv(LOCK, str(file))
+    code = (
+        "import sys; from jaxopt_models.bench.alone import alone\n"
+        "with alone(): sys.stdout.write('in'); sys.stdout.flush()"
+    )
+    with alone():
+        with alone():  # again in the same process
+            pass
+        other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(2)
+    assert other.communicate(timeout=30)[0] == b"in"
 
 
 def test_the_best_peer_is_one_that_was_timed():
