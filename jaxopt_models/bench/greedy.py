@@ -7,6 +7,7 @@ bfloat16 itself makes there: how far the reference's logits are from its own in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,27 +132,53 @@ def compare(
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_token_ids": ()}
     reference = generate(config, params, prompts, **options).tokens
     kernels = generate(config, prepare(params), prompts, **options).tokens
-    differences = []
+    differing = []
     for row, (expected, found) in enumerate(zip(reference, kernels, strict=True)):
         apart = np.flatnonzero(np.asarray(expected) != np.asarray(found))
         if len(apart):
             position = int(apart[0])
-            before = [*prompts[row], *expected[:position]]
-            pair = expected[position], found[position]
-            differences.append(
-                Difference(row, position, *pair, *_margin(config, params, before, pair))
-            )
-    return differences
+            differing.append((row, position, expected[position], found[position]))
+    if not differing:
+        return []
+    whole = [[*prompt, *tokens] for prompt, tokens in zip(prompts, reference, strict=True)]
+    margins = _margins(config, params, whole, new_tokens, differing)
+    return [
+        Difference(row, position, expected, found, margin, noise)
+        for (row, position, expected, found), (margin, noise) in zip(
+            differing, margins, strict=True
+        )
+    ]
 
 
-def _margin(
-    config: ModelConfig, params: Any, before: Sequence[int], pair: tuple[int, int]
-) -> tuple[float, float]:
-    """(margin, noise) of two tokens that may follow `before`."""
-    tokens = jnp.asarray([before], jnp.int32)
-    run = jax.jit(forward, static_argnums=0)
+def _margins(
+    config: ModelConfig,
+    params: Any,
+    whole: Sequence[Sequence[int]],
+    new_tokens: int,
+    differing: Sequence[tuple[int, int, int, int]],
+) -> list[tuple[float, float]]:
+    """(margin, noise) of each (row, position, expected, found).
+
+    Args:
+      whole: the reference's ids of each row, of which the last `new_tokens` are new.
+    """
+    longest = max(map(len, whole))
+    tokens = jnp.asarray([[*ids, *[0] * (longest - len(ids))] for ids in whole], jnp.int32)
+    rows = np.array([row for row, *_ in differing])
+    before = np.array([len(whole[row]) - new_tokens + at - 1 for row, at, *_ in differing])
+    pairs = np.array([pair for _, _, *pair in differing])
     rounded, exact = (
-        np.asarray(run(replace(config, dtype=dtype), params, tokens))[0, -1, list(pair)]
+        np.asarray(_logits(replace(config, dtype=dtype), params, tokens, rows, before, pairs))
         for dtype in ("bfloat16", "float32")
     )
-    return float(rounded[0] - rounded[1]), float(np.max(np.abs(rounded - exact)))
+    noise = np.max(np.abs(rounded - exact), axis=1)
+    return [(float(m), float(n)) for m, n in zip(rounded[:, 0] - rounded[:, 1], noise, strict=True)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(
+    config: ModelConfig, params: Any, tokens: Any, rows: Any, before: Any, pairs: Any
+) -> jax.Array:
+    """Those of pairs [N, 2], after positions `before` of `rows`: float32 [N, 2]."""
+    logits = forward(config, params, tokens)[rows, before]
+    return jnp.take_along_axis(logits, pairs, axis=1).astype(jnp.float32)
