@@ -19,7 +19,8 @@ class KernelResults:
     """Ceilings and rows in one file, which is rewritten whole whenever a row is added.
 
     A file that is there is gone on with: a row takes the place of the earlier one for the same
-    kernel, format and sizes, and a ceiling is the highest rate that was ever measured.
+    kernel, format and sizes, peers' figures stay until they are measured again, and a ceiling is
+    the highest rate that was ever measured.
 
     Attributes:
       ceilings: `{read_tb_s, bf16_tflops, fp8_tflops, int8_tops}`.
@@ -61,11 +62,25 @@ class KernelResults:
         for name, value in measured.items():
             self.ceilings[name] = max(value, self.ceilings.get(name, 0.0))
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Saves a row."""
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Saves a row, beside what is known of peers: of the row whose place it takes."""
+        known = [kept["peers"] for kept in self.rows if _identity(kept) == _identity(row)]
+        figures = known[0] if known else {}
+        row = row | best_peer(figures) | {"peers": figures}
         self._forget(row)
         self.rows.append(row)
         self.rows.sort(key=_identity)
+        self.save()
+        return row
+
+    def set_beside(
+        self, form: str, n: int, k: int, figures: dict[int, dict[str, dict[str, Any]]]
+    ) -> None:
+        """Saves what peers take for a weight, by M and name; bf16 is beside every format."""
+        for row in self.rows:
+            if (row["N"], row["K"]) == (n, k) and form in ("bf16", row["format"]):
+                row["peers"] = row["peers"] | figures.get(row["M"], {})
+                row |= best_peer(row["peers"])
         self.save()
 
     def fail(self, failure: dict[str, Any]) -> None:

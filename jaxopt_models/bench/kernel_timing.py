@@ -21,13 +21,16 @@ _LARGE = 8192  # rows and columns of the products whose rate is the ceiling
 _RATES = {"bf16_tflops": jnp.bfloat16, "fp8_tflops": jnp.float8_e4m3fn, "int8_tops": jnp.int8}
 
 
-def microseconds[X, W](run: Callable[[X, W], Any], x: X, weights: Sequence[W]) -> float:
+def measured[X, W](run: Callable[[X, W], Any], x: X, weights: Sequence[W]) -> tuple[float, Any]:
     """Mean time of `run(x, weight)` on the GPU over the weights, the median of five rounds.
 
     Args:
       run: jitted, so that it is lowered once for all weights.
       x: its first argument.
       weights: its second ones, read one after another.
+
+    Returns:
+      (microseconds, what it gives for the first weight).
     """
     from jax.experimental.mosaic.gpu import profiler  # needs CUPTI, so only here
 
@@ -36,9 +39,9 @@ def microseconds[X, W](run: Callable[[X, W], Any], x: X, weights: Sequence[W]) -
 
     compiled = jax.jit(once).lower(x, weights).compile()
     with alone():
-        _, times = profiler.measure(compiled, iterations=5)(x, weights)
+        results, times = profiler.measure(compiled, iterations=5)(x, weights)
     assert times is not None  # the profiler saw kernels
-    return statistics.median(times) * 1e3 / len(weights)
+    return statistics.median(times) * 1e3 / len(weights), results[0]
 
 
 def copies(size: int) -> int:
@@ -80,7 +83,7 @@ def _rate(dtype: Any) -> float:
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=out)
 
     x, weight = map(make, jax.random.split(jax.random.key(0)))
-    return 2 * _LARGE**3 / microseconds(product, x, [weight]) / 1e6
+    return 2 * _LARGE**3 / measured(product, x, [weight])[0] / 1e6
 
 
 class Dense:
@@ -92,7 +95,7 @@ class Dense:
 
     def microseconds(self, m: int) -> float:
         x = activations(m, self.weights[0].shape[1])
-        return microseconds(jax.jit(lambda x, weight: x @ weight.T), x, self.weights)
+        return measured(jax.jit(lambda x, weight: x @ weight.T), x, self.weights)[0]
 
 
 def activations(m: int, k: int) -> jax.Array:

@@ -1,8 +1,12 @@
 """How fast kernels are, beside their peers and beside what the device can do at all."""
 
+import queue
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import jax
 from jaxopt_models.bench import kernel_timing
 from jaxopt_models.bench.alone import alone
 from jaxopt_models.bench.kernel_operations import OPERATIONS
-from jaxopt_models.bench.kernel_peers import Peers
+from jaxopt_models.bench.kernel_peers import Figures, Peers
 from jaxopt_models.bench.kernel_products import (
     Event,
     Problem,
@@ -20,7 +24,7 @@ from jaxopt_models.bench.kernel_products import (
     operations,
     side_by_side,
 )
-from jaxopt_models.bench.kernel_results import KernelResults, best_peer, row_line
+from jaxopt_models.bench.kernel_results import KernelResults, row_line
 from jaxopt_models.bench.kernel_timing import Dense
 from jaxopt_models.bench.quality_results import device
 from jaxopt_models.errors import UserError
@@ -100,19 +104,16 @@ def bench_kernels(
     until = None if limit is None else start + limit
     setting = Setting(processors, jax.devices()[0].device_kind, tune, until)
     run = _Run(KernelResults(out), say, until)
-    none = list(peers) == ["none"]
-    wanted = _problems(shapes, rows, formats)
-    with (
-        side_by_side(jobs, setting, [one for many in wanted for one in many]) as timed,
-        Peers(peer_python, () if none else peers, until, say) as theirs,
-    ):
-        if none:
-            theirs.skipped = "not asked for"
+    problems = _problems(shapes, rows, formats)
+    with side_by_side(jobs, setting, problems) as timed, ExitStack() as stack:
+        theirs: list[Peers] = []
+        if list(peers) == ["none"]:
+            run.results.peers = {"skipped": "not asked for"}
+        else:
+            theirs = _started(stack, jobs, peer_python, peers, until, say)
         _measure_ceilings(run, theirs)
-        for problems in wanted:
-            if not _one_shape(run, theirs, timed, problems):
-                break
-        run.results.peers = theirs.about | {"skipped": theirs.skipped}
+        _ours(run, timed, problems, _baselines(run, problems))
+        _beside(run, theirs, problems)
     run.results.save()
     if run.failed:
         raise UserError(f"{len(run.failed)} products could not be timed, first {run.failed[0]}")
@@ -136,51 +137,67 @@ def _checked(
 
 def _problems(
     shapes: Sequence[tuple[int, int]], rows: Sequence[int], formats: Sequence[str]
-) -> list[list[Problem]]:
-    """Those of each shape."""
+) -> list[Problem]:
+    found = []
+    for (n, k), form in product(shapes, formats):
+        taken = tuple(m for m in rows if any(operations(form, m)))
+        found += [Problem(form, n, k, taken)] if taken else []
+    return found
 
-    def taken(form: str) -> tuple[int, ...]:
-        return tuple(m for m in rows if any(operations(form, m)))
 
-    return [[Problem(form, *shape, taken(form)) for form in formats] for shape in shapes]
+def _started(stack: ExitStack, count: int, *options: Any) -> list[Peers]:
+    """As many processes of peers, of which each begins with its first problem."""
+    first = stack.enter_context(Peers(*options))
+    more = count - 1 if first.skipped is None else 0
+    return [first, *(stack.enter_context(Peers(*options)) for _ in range(more))]
 
 
-def _measure_ceilings(run: _Run, theirs: Peers) -> None:
+def _measure_ceilings(run: _Run, theirs: Sequence[Peers]) -> None:
     with alone():
         run.results.raise_ceilings(kernel_timing.ceilings(run.say))
-    run.results.raise_ceilings(theirs.ceilings())
+        for one in theirs[:1]:
+            run.results.raise_ceilings(one.ceilings())
     run.results.save()
     ceilings = ", ".join(f"{name} {value:.4g}" for name, value in run.results.ceilings.items())
     run.say(f"ceilings: {ceilings}")
 
 
-def _one_shape(
+def _baselines(run: _Run, problems: Sequence[Problem]) -> dict[tuple[int, int, int], float]:
+    """Microseconds of XLA's bfloat16 by (N, K, M), as far as the time allows."""
+    found = {}
+    for (n, k), rows in _rows_of_shapes(problems).items():
+        if run.over():
+            run.say(f"the limit is reached before {n} x {k} in bfloat16; finished rows are kept")
+            break
+        begun = time.monotonic()
+        with alone():  # the compiler times kernels as well
+            dense = Dense(n, k)
+            found |= {(n, k, m): dense.microseconds(m) for m in rows}
+        run.stepped(begun)
+    return found
+
+
+def _rows_of_shapes(problems: Sequence[Problem]) -> dict[tuple[int, int], list[int]]:
+    rows: dict[tuple[int, int], set[int]] = {}
+    for problem in problems:
+        rows.setdefault((problem.n, problem.k), set()).update(problem.rows)
+    return {shape: sorted(ms) for shape, ms in rows.items()}
+
+
+def _ours(
     run: _Run,
-    theirs: Peers,
     timed: Callable[[Problem], Iterable[Event]],
     problems: Sequence[Problem],
-) -> bool:
-    """Times products with weights of one shape; False if the limit is reached."""
-    n, k = problems[0].n, problems[0].k
-    ms = sorted({m for problem in problems for m in problem.rows})
-    if run.over():
-        run.say(f"the limit is reached before {n} x {k}; finished rows are kept")
-        return False
-    begun = time.monotonic()
-    with alone():
-        dense = Dense(n, k)
-        bf16 = {m: dense.microseconds(m) for m in ms}
-        del dense
-    peers_bf16 = theirs.time("bf16", n, k, ms)
-    run.stepped(begun)
-    for problem in filter(lambda problem: problem.rows, problems):
+    bf16: dict[tuple[int, int, int], float],
+) -> None:
+    """Takes in what is found of those that have a baseline."""
+    for problem in problems:
+        if any((problem.n, problem.k, m) not in bf16 for m in problem.rows):
+            return
         if run.over():
-            run.say(f"the limit is reached at {problem.format} {n} x {k}; finished rows are kept")
-            return False
-        begun = time.monotonic()
-        figures = theirs.time(problem.format, n, k, problem.rows)
-        run.stepped(begun)
-        run.results.peers = theirs.about | {"skipped": theirs.skipped}
+            what = f"{problem.format} {problem.n} x {problem.k}"
+            run.say(f"the limit is reached before {what}; finished rows are kept")
+            return
         begun = time.monotonic()
         for event in timed(problem):
             run.stepped(begun)
@@ -189,13 +206,35 @@ def _one_shape(
             elif "reason" in event:
                 _failed(run, event)
             else:
-                m = event["M"]
-                beside = peers_bf16.get(m, {}) | figures.get(m, {})
-                row = event | {"bf16_us": bf16[m]} | best_peer(beside) | {"peers": beside}
-                run.results.add(row)
-                run.say(row_line(row, run.results.ceilings))
+                row = event | {"bf16_us": bf16[problem.n, problem.k, event["M"]]}
+                run.say(row_line(run.results.add(row), run.results.ceilings))
             begun = time.monotonic()
-    return True
+
+
+def _beside(run: _Run, theirs: Sequence[Peers], problems: Sequence[Problem]) -> None:
+    """Has peers time the same products, several at work on different ones."""
+    if not theirs:
+        return
+    shapes = _rows_of_shapes(problems).items()
+    bf16 = [Problem("bf16", *shape, tuple(rows)) for shape, rows in shapes]
+    idle: queue.SimpleQueue[Peers] = queue.SimpleQueue()
+    for one in theirs:
+        idle.put(one)
+
+    def figures(problem: Problem) -> Figures:
+        one = idle.get()
+        try:
+            return one.time(problem.format, problem.n, problem.k, problem.rows)
+        finally:
+            idle.put(one)
+
+    with ThreadPoolExecutor(len(theirs)) as threads:
+        futures = {threads.submit(figures, one): one for one in [*bf16, *problems]}
+        for future in as_completed(futures):
+            problem = futures[future]
+            run.results.set_beside(problem.format, problem.n, problem.k, future.result())
+    about = [one.about for one in theirs if one.about]
+    run.results.peers = {**(about[0] if about else {}), "skipped": theirs[0].skipped}
 
 
 def _failed(run: _Run, event: dict[str, Any]) -> None:

@@ -30,12 +30,14 @@ class Product:
       run: (activations as the peer wants them, one of the weights) -> its result; this is timed.
       prepare: bfloat16 [M, K] -> activations as the peer wants them.
       finish: (result, activations) -> [M, N].
+      tunes: whether its first call times kernels on the GPU.
     """
 
     weights: list[Any]
     run: Callable[[Any, Any], Any]
     prepare: Callable[[Any], Any] = lambda x: x
     finish: Callable[[Any, Any], Any] = lambda y, x: y
+    tunes: bool = False
 
 
 def _rotating(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
@@ -133,7 +135,7 @@ def gemlite(w: Tensor, form: str) -> Product:
         linear.weight.data = w
         maker = {"nvfp4": A16W4_NVFP, "mxfp4": A16W4_MXFP}[form]
         layer = maker(device=str(w.device), dtype=torch.bfloat16).from_linear(linear)
-    return Product(_layers(layer), lambda x, layer: layer(x))
+    return Product(_layers(layer), lambda x, layer: layer(x), tunes=True)
 
 
 _HUMMING: dict[str, tuple[dict[str, Any], str | None]] = {

@@ -1,4 +1,6 @@
-"""A model of one layer whose tokens are bytes."""
+"""A model of one layer whose tokens are bytes, and an interpreter that plays peers."""
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -32,3 +34,42 @@ def tiny_model() -> Model:
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     return Model(CONFIG, init(CONFIG, jax.random.key(0), jnp.float32), tokenizer, "tiny")
+
+
+# An interpreter that, whatever script it is to run, answers for three peers of which one crashes.
+PYTHON = """#!{python}
+import json, os, sys, time
+def tell(**line): print(json.dumps(line), flush=True)
+assert "PYTHONPATH" not in os.environ and sys.argv[1].endswith("peer_kernels.py")
+print("chatter", file=sys.stderr)
+tell(versions={{"torch": "9"}}, device="a card")
+for line in sys.stdin:
+    problem = json.loads(line)
+    if "ceilings" in problem:
+        tell(start="torch int8")
+        tell(peer="torch int8", m=8192, reason="no kernel")
+        tell(ceilings={{"bf16_tflops": 790.0}})
+    else:
+        for name in ("steady", "crashing", "late"):
+            if name in problem["without"] or problem["only"] and name not in problem["only"]:
+                continue
+            tell(start=name)
+            for m in problem["ms"]:
+                if name == "crashing" and m == 4:
+                    {crash}
+                tell(peer=name, m=m, us=float(m), clock="CUPTI", error=0.1)
+    tell(done=True)
+"""
+
+
+@pytest.fixture
+def peer_python(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "somewhere")
+
+    def make(crash: str) -> str:
+        file = tmp_path / "python"
+        file.write_text(PYTHON.format(python=sys.executable, crash=crash))
+        file.chmod(0o755)
+        return str(file)
+
+    return make

@@ -10,55 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxopt_models.bench import alone, kernel_peers
+from jaxopt_models.bench import kernel_peers
 from jaxopt_models.bench.kernel_peers import Peers
 from jaxopt_models.errors import UserError
 
 SCRIPT = Path(kernel_peers.__file__).with_name("peer_kernels.py")
 
-# An interpreter that, whatever script it is to run, answers for three peers of which one crashes.
-PYTHON = """#!{python}
-import json, os, sys, time
-def tell(**line): print(json.dumps(line), flush=True)
-assert "PYTHONPATH" not in os.environ and sys.argv[1].endswith("peer_kernels.py")
-print("chatter", file=sys.stderr)
-tell(versions={{"torch": "9"}}, device="a card")
-for line in sys.stdin:
-    problem = json.loads(line)
-    if "ceilings" in problem:
-        tell(start="torch int8")
-        tell(peer="torch int8", m=8192, reason="no kernel")
-        tell(ceilings={{"bf16_tflops": 790.0}})
-    else:
-        for name in ("steady", "crashing", "late"):
-            if name in problem["without"] or problem["only"] and name not in problem["only"]:
-                continue
-            tell(start=name)
-            for m in problem["ms"]:
-                if name == "crashing" and m == 4:
-                    {crash}
-                tell(peer=name, m=m, us=float(m), clock="CUPTI", error=0.1)
-    tell(done=True)
-"""
 
-
-@pytest.fixture
-def python(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "somewhere")
-
-    def make(crash: str) -> str:
-        file = tmp_path / "python"
-        file.write_text(PYTHON.format(python=sys.executable, crash=crash))
-        file.chmod(0o755)
-        return str(file)
-
-    return make
-
-
-def test_a_crash_costs_one_peer_one_figure(python):
+def test_a_crash_costs_one_peer_one_figure(peer_python):
     said = []
     with Peers(
-        python("print('an illegal access', file=sys.stderr); os._exit(3)"), say=said.append
+        peer_python("print('an illegal access', file=sys.stderr); os._exit(3)"), say=said.append
     ) as peers:
         figures = peers.time("int4", 64, 512, [1, 4, 8])
         assert {m: set(found) for m, found in figures.items()} == {
@@ -73,31 +35,31 @@ def test_a_crash_costs_one_peer_one_figure(python):
         assert said[0] == "steady on int4 64 x 512, M = 1: 1.0 us by CUPTI"
 
 
-def test_a_silent_peer_is_left(python, monkeypatch):
+def test_a_silent_peer_is_left(peer_python, monkeypatch):
     monkeypatch.setattr(kernel_peers, "SILENCE", 2.0)
-    with Peers(python("time.sleep(1000)")) as peers:
+    with Peers(peer_python("time.sleep(1000)")) as peers:
         figures = peers.time("int4", 64, 512, [4])
     assert figures[4]["crashing"] == {"reason": "gave no answer for 2 s"}
     assert figures[4]["late"]["us"] == 4
 
 
-def test_when_the_time_is_over(python):
-    with Peers(python("time.sleep(1000)"), until=time.monotonic() + 3) as peers:
+def test_when_the_time_is_over(peer_python):
+    with Peers(peer_python("time.sleep(1000)"), until=time.monotonic() + 3) as peers:
         figures = peers.time("int4", 64, 512, [4])
     assert figures[4]["steady"]["us"] == 4
     assert "when the time was over" in figures[4]["crashing"]["reason"]
     assert peers.skipped == "the time is over" and "late" not in figures[4]
 
 
-def test_only_some_peers(python):
-    with Peers(python("pass"), only=["late"]) as peers:
+def test_only_some_peers(peer_python):
+    with Peers(peer_python("pass"), only=["late"]) as peers:
         assert peers.time("int4", 64, 512, [4]).keys() == {4}
         assert list(peers.time("int4", 64, 512, [4])[4]) == ["late"]
 
 
-def test_ceilings(python):
+def test_ceilings(peer_python):
     said = []
-    with Peers(python("pass"), say=said.append) as peers:
+    with Peers(peer_python("pass"), say=said.append) as peers:
         assert peers.ceilings() == {"bf16_tflops": 790.0}
         assert peers.time("int4", 64, 512, [1])[1]["steady"]["us"] == 1
     assert said[0] == "torch int8 on a ceiling, M = 8192: no kernel"
@@ -133,7 +95,6 @@ def test_by_which_clock(monkeypatch, times, expected):
     spec.loader.exec_module(script)
     torch = SimpleNamespace(cuda=SimpleNamespace(synchronize=lambda: None))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setitem(sys.modules, "alone", alone)
     monkeypatch.setattr(script, "_kernels", lambda once: times)
     monkeypatch.setattr(script, "_graph_microseconds", lambda once: 7.0)
     us, clock = script.microseconds(lambda: None)

@@ -14,7 +14,7 @@ from jaxopt_models import cli
 from jaxopt_models.bench import kernel_operations, kernel_products, kernel_timing, kernels
 from jaxopt_models.bench.alone import LOCK, alone
 from jaxopt_models.bench.kernel_operations import OPERATIONS, nearest
-from jaxopt_models.bench.kernel_products import Tuning, operations
+from jaxopt_models.bench.kernel_products import Tuning, operations, side_by_side
 from jaxopt_models.bench.kernel_results import best_peer, kernel_table
 from jaxopt_models.bench.kernels import bench_kernels
 from jaxopt_models.errors import UserError
@@ -34,11 +34,10 @@ def timed(monkeypatch, tmp_path):
     """What would be run on a GPU: the sizes of each product and of what rotates."""
     seen = []
 
-    def microseconds(run, x, weights):
-        jax.eval_shape(run, x, weights[0])  # it can be called
+    def measured(run, x, weights):
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
         seen.append((x.shape, weights[0].shape, size))
-        return 10.0 + len(seen)
+        return 10.0 + len(seen), run(x, weights[0])
 
     def product(kernel):
         def run(x, weight, tiling, processors):
@@ -51,7 +50,7 @@ def timed(monkeypatch, tmp_path):
         kernel = getattr(kernel_operations, name)
         monkeypatch.setattr(kernel_operations, name, product(kernel))
     for module in (kernel_timing, kernel_products):
-        monkeypatch.setattr(module, "microseconds", microseconds)
+        monkeypatch.setattr(module, "measured", measured)
     monkeypatch.setattr(kernel_timing, "ceilings", lambda say: dict(CEILINGS))
     monkeypatch.setattr(kernel_timing, "L2", 2**14)
     monkeypatch.setattr(jax, "devices", lambda: [H100()])
@@ -180,18 +179,38 @@ def test_a_tiling_that_fails_is_passed_over(timed, monkeypatch):
 def test_the_limit_ends_it_with_what_is_finished(timed, monkeypatch, tmp_path):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    fast = kernel_products.microseconds
+    fast = kernel_products.measured
 
     def slow(run, x, weights):
         clock[0] += 10
         return fast(run, x, weights)
 
-    monkeypatch.setattr(kernel_products, "microseconds", slow)
+    monkeypatch.setattr(kernel_products, "measured", slow)
     said, out = [], tmp_path / "out.json"
     bench_kernels([SHAPE], [1, 4, 8], ["int4"], limit=25, out=out, say=said.append)
     assert [row["M"] for row in json.loads(out.read_text())["rows"]] == [1, 4]
     assert "the limit is reached before w4a16_decode int4 64 x 1024, M = 8" in said[-1]
     assert clock[0] <= 25
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_peers_are_beside(timed, peer_python, tmp_path, monkeypatch, jobs):
+    monkeypatch.setattr(kernels, "side_by_side", lambda _, *rest: side_by_side(1, *rest))
+    options = {"peer_python": peer_python("os._exit(3)"), "jobs": jobs, "out": tmp_path / "a.json"}
+    result = bench_kernels([SHAPE, (128, 512)], [1, 4], ["int4", "nvfp4"], **options)
+    assert [(row["N"], row["format"], row["M"]) for row in result["rows"]] == [
+        (n, form, m) for form in ("int4", "nvfp4") for n in (64, 128) for m in (1, 4)
+    ]
+    for row in result["rows"]:
+        assert set(row["peers"]) == {"steady", "crashing", "late"}
+        assert "reason" in row["peers"]["crashing"] or row["M"] == 1
+        assert row["best_peer_us"] == row["M"]
+    assert result["peers"] == {"versions": {"torch": "9"}, "device": "a card", "skipped": None}
+    assert result["ceilings"]["bf16_tflops"] == 790
+    (again, _) = bench_kernels([SHAPE], [1, 4], ["int4"], peers=["none"], out=options["out"])[
+        "rows"
+    ][:2]
+    assert again["best_peer_us"] == 1 and again["us"] != result["rows"][0]["us"]
 
 
 def test_a_file_is_gone_on_with(timed, monkeypatch, tmp_path):
