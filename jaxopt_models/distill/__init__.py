@@ -1,0 +1,1 @@
+"""Learning from a teacher: losses, and how they are summed without holding all logits."""
