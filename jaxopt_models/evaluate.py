@@ -17,7 +17,7 @@ from jaxopt_models import tree
 from jaxopt_models.data import token_arrays
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import hidden_states, logits
+from jaxopt_models.models.transformer import hidden_states, logits, output_head
 from jaxopt_models.progress import Progress, silent
 
 # Positions whose logits exist at one time: 256 x 262144 float32 are 256 MiB.
@@ -171,12 +171,6 @@ def position_sums(
     real = (jnp.arange(padded) < count).reshape(-1, size)
     inputs = [tokens[:, 1:], student[1][:, :-1]] + ([teacher[1][:, :-1]] if teacher else [])
     return jnp.sum(jax.lax.map(one, (real, *map(chunks, inputs))), axis=0)
-
-
-def output_head(params: Any) -> dict[str, Any]:
-    """The parameters that `logits` reads."""
-    name = "lm_head" if "lm_head" in params else "embed_tokens"
-    return {name: params[name]}
 
 
 def _teacher(

@@ -220,10 +220,16 @@ def final_norm(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
 
 def logits(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
     """Output head on normed hidden states [..., D]: float32 [..., V], soft cap included."""
-    head = params["lm_head" if "lm_head" in params else "embed_tokens"]
+    (head,) = output_head(params).values()
     out = linear(hidden, head["weight"]).astype(jnp.float32)
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def output_head(params: Any) -> dict[str, Any]:
+    """The parameters that `logits` reads."""
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    return {name: params[name]}
 
 
 def _cached(

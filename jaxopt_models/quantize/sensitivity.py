@@ -27,10 +27,16 @@ import numpy as np
 from jaxopt_models import tree
 from jaxopt_models.data import token_arrays
 from jaxopt_models.errors import UserError
-from jaxopt_models.evaluate import output_head, position_sums
+from jaxopt_models.evaluate import position_sums
 from jaxopt_models.models.block import block
 from jaxopt_models.models.config import AttentionKind, ModelConfig
-from jaxopt_models.models.transformer import embed_tokens, final_norm, logits, positions_of
+from jaxopt_models.models.transformer import (
+    embed_tokens,
+    final_norm,
+    logits,
+    output_head,
+    positions_of,
+)
 from jaxopt_models.ops import Probe, expert_linear, linear
 from jaxopt_models.progress import Progress, silent
 

@@ -1,0 +1,244 @@
+"""Losses summed over a batch, a piece of the logits at a time.
+
+Logits [B, T, V] are the largest array of training by far: 32 sequences of 2048 tokens have 31 GiB
+of them with a vocabulary of 128k, for the student, for the teacher, and for each one's gradient.
+Here they exist for a few positions of each row only. Of a piece, its gradients are made at once
+along with its loss, so that nothing is computed twice.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxopt_models.distill import losses
+from jaxopt_models.distill.losses import TopK
+from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import logits
+
+_ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
+
+Kind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
+_KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon")
+
+
+@dataclass(frozen=True)
+class LogitLoss:
+    """One loss of next-token predictions.
+
+    Attributes:
+      kind: see `losses`.
+      temperature: of both, for divergences.
+      beta: share of the teacher in Jensen-Shannon's mixture.
+      top_k: for the forward divergence: how many of the teacher's tokens are told apart; None is
+        all.
+    """
+
+    kind: Kind
+    temperature: float = 1.0
+    beta: float = 0.5
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise UserError(f"loss {self.kind!r} is unknown; choose {', '.join(_KINDS)}")
+        if self.top_k is not None and self.kind != "forward_kl":
+            raise UserError(f"top_k goes with forward_kl; {self.kind} needs all of the teacher")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kind != "cross_entropy"
+
+    def at(
+        self, student: jax.Array, teacher: jax.Array | TopK | None, targets: jax.Array
+    ) -> jax.Array:
+        """The loss at each position, float32 [...], of logits [..., V] and targets [...]."""
+        if self.kind == "cross_entropy":
+            return losses.cross_entropy(student, targets)
+        if teacher is None:
+            raise UserError(f"{self.kind} needs a teacher")
+        if isinstance(teacher, TopK):
+            if self.kind != "forward_kl":
+                raise UserError(
+                    f"{self.kind} needs all of the teacher's logits, and only its most likely "
+                    "tokens are known; choose forward_kl"
+                )
+            return losses.top_k_kl(student, teacher, self.temperature)
+        if self.top_k is not None:
+            known = losses.top_k(teacher, self.top_k, self.temperature)
+            return losses.top_k_kl(student, known, self.temperature)
+        if self.kind == "jensen_shannon":
+            return losses.jensen_shannon(student, teacher, self.beta, self.temperature)
+        return getattr(losses, self.kind)(student, teacher, self.temperature)
+
+
+@struct.dataclass
+class Predictor:
+    """What predicts next tokens: final hidden states, and the head that reads them.
+
+    Attributes:
+      head: parameters that `transformer.logits` reads, see `transformer.output_head`.
+      hidden: [B, T, D], after the final norm.
+      config: static.
+    """
+
+    head: Any
+    hidden: jax.Array
+    config: ModelConfig = struct.field(pytree_node=False)
+
+
+def summed_losses(
+    terms: Sequence[LogitLoss],
+    weights: jax.Array,
+    student: Predictor,
+    teacher: Predictor | TopK | None,
+    tokens: jax.Array,
+    mask: jax.Array,
+    piece: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Losses of predicting each token from those before it.
+
+        total = Σ_{b, t >= 1} mask[b, t] Σ_i weights[i] loss_i(hidden[b, t-1], tokens[b, t])
+
+    Gradients reach the student's head and hidden states, through the total. A mean is the total
+    over the sum of the mask, on all devices and all parts of an accumulated step.
+
+    Args:
+      terms: static.
+      weights: float32, one for each.
+      student: predicts.
+      teacher: with the same tokens: its hidden states, or its most likely tokens [B, T, k] at the
+        temperature of the terms; None if no term needs it.
+      tokens: int32 [B, T].
+      mask: [B, T], 1 where a token is to be learnt; the first of a row never is.
+      piece: positions of each row whose logits exist at a time; None chooses.
+
+    Returns:
+      (total, [len(terms)] each loss's own sum, without weight and without gradient), float32.
+
+    Raises:
+      UserError: for a term that needs another teacher, or a teacher with another vocabulary.
+    """
+    if not terms or weights.shape != (len(terms),):
+        raise UserError(f"{len(terms)} losses need as many weights, not {list(weights.shape)}")
+    if isinstance(teacher, Predictor) and teacher.config.vocab_size != student.config.vocab_size:
+        raise UserError(
+            f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the student "
+            f"{student.config.vocab_size}; choose models that share a tokenizer"
+        )
+    batch, length = tokens.shape
+    if piece is None:
+        piece = max(1, _ENTRIES // (batch * student.config.vocab_size))
+    targets, learnt = (jnp.roll(x, -1, axis=1) for x in (tokens, mask.astype(jnp.float32)))
+    known = _Known(weights, teacher, targets, learnt.at[:, -1].set(0.0))
+    plan = _Plan(tuple(terms), student.config, min(piece, length))
+    return _summed(plan, student.head, student.hidden, known)
+
+
+class _Known(NamedTuple):
+    """What no gradient reaches."""
+
+    weights: jax.Array
+    teacher: Predictor | TopK | None
+    targets: jax.Array
+    learnt: jax.Array
+
+
+@dataclass(frozen=True)
+class _Plan:
+    terms: tuple[LogitLoss, ...]
+    config: ModelConfig
+    piece: int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(
+    plan: _Plan, head: Any, hidden: jax.Array, known: _Known
+) -> tuple[jax.Array, jax.Array]:
+    def one(carry: Any, own: Any) -> tuple[Any, None]:
+        found = _piece_sums(plan, known, head, *own)
+        return jax.tree.map(jnp.add, carry, found), None
+
+    start = jnp.float32(0.0), jnp.zeros(len(plan.terms))
+    return lax.scan(one, start, _pieces(plan, hidden, known))[0]
+
+
+def _forward(plan: _Plan, head: Any, hidden: Any, known: Any) -> tuple[Any, Any]:
+    """Sums, and gradients of the total."""
+    leaves, structure = jax.tree.flatten(head)
+    # A head that is not trained costs no gradient.
+    trained = [i for i, leaf in enumerate(leaves) if leaf.perturbed]
+    leaves, hidden, known = jax.tree.map(lambda leaf: leaf.value, (leaves, hidden, known))
+
+    def with_trained(arrays: Sequence[Any], others: Sequence[Any]) -> Any:
+        found = dict(zip(trained, arrays, strict=True))
+        return jax.tree.unflatten(structure, [found.get(i, o) for i, o in enumerate(others)])
+
+    def one(carry: Any, own: Any) -> tuple[Any, jax.Array]:
+        def of_piece(arrays: Any, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _piece_sums(plan, known, with_trained(arrays, leaves), states, *own[1:])
+
+        arrays = [leaves[i] for i in trained]
+        total, pull, sums = jax.vjp(of_piece, arrays, own[0], has_aux=True)
+        of_head, of_states = pull(jnp.ones_like(total))
+        found = total, sums, [part.astype(jnp.float32) for part in of_head]
+        return jax.tree.map(jnp.add, carry, found), of_states
+
+    zeros = [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained]
+    start = jnp.float32(0.0), jnp.zeros(len(plan.terms)), zeros
+    (total, sums, of_head), of_hidden = lax.scan(one, start, _pieces(plan, hidden, known))
+    of_hidden = jnp.moveaxis(of_hidden, 0, 1)
+    of_hidden = of_hidden.reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    of_head = [part.astype(leaves[i].dtype) for i, part in zip(trained, of_head, strict=True)]
+    return (total, sums), (with_trained(of_head, [None] * len(leaves)), of_hidden)
+
+
+def _backward(plan: _Plan, gradients: Any, cotangents: Any) -> Any:
+    of_total, _ = cotangents
+    if isinstance(of_total, SymbolicZero):
+        return None, None, None
+    of_head, of_hidden = jax.tree.map(lambda g: (g * of_total).astype(g.dtype), gradients)
+    return of_head, of_hidden, None
+
+
+_summed.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _piece_sums(
+    plan: _Plan,
+    known: _Known,
+    head: Any,
+    states: jax.Array,
+    targets: jax.Array,
+    learnt: jax.Array,
+    teacher: Any,
+) -> tuple[jax.Array, jax.Array]:
+    """(total, each loss's sum) of a piece [B, piece]."""
+    student = logits(plan.config, head, states)
+    if isinstance(known.teacher, Predictor):
+        teacher = lax.stop_gradient(logits(known.teacher.config, known.teacher.head, teacher))
+    sums = [jnp.sum(learnt * term.at(student, teacher, targets)) for term in plan.terms]
+    sums = jnp.stack(sums)
+    return jnp.sum(known.weights * sums), sums
+
+
+def _pieces(plan: _Plan, hidden: jax.Array, known: _Known) -> tuple[Any, ...]:
+    """(states, targets, learnt, of the teacher), each array [pieces, B, piece, ...]."""
+    teacher = known.teacher.hidden if isinstance(known.teacher, Predictor) else known.teacher
+
+    def cut(array: jax.Array) -> jax.Array:
+        batch, length, *rest = array.shape
+        count = math.ceil(length / plan.piece)
+        padding = [(0, 0), (0, count * plan.piece - length), *[(0, 0)] * len(rest)]
+        pieces = jnp.pad(array, padding).reshape(batch, count, plan.piece, *rest)
+        return jnp.moveaxis(pieces, 1, 0)
+
+    return jax.tree.map(cut, (hidden, known.targets, known.learnt, teacher))

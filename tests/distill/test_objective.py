@@ -1,0 +1,220 @@
+"""Losses of a batch, a piece at a time: the sums and gradients of the whole."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxopt_models.distill import losses
+from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
+from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import logits
+from jaxopt_models.qtensor import quantize_array
+from jaxopt_models.sharding import make_mesh
+
+B, T, D, V = 4, 11, 16, 60
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": True,
+    }
+)
+TERMS = (
+    LogitLoss("forward_kl", temperature=2.0),
+    LogitLoss("cross_entropy"),
+    LogitLoss("reverse_kl"),
+    LogitLoss("jensen_shannon", beta=0.2),
+    LogitLoss("forward_kl", top_k=7),
+)
+WEIGHTS = jnp.array([1.0, 0.5, 0.25, 2.0, 0.125])
+
+
+def _random(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _predictor(seed: int, config: ModelConfig = CONFIG) -> Predictor:
+    head = {"embed_tokens": {"weight": _random(seed, V, D)}}
+    return Predictor(head, _random(seed + 1, B, T, D), config)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokens = jax.random.randint(jax.random.key(9), (B, T), 0, V)
+    return tokens, jax.random.bernoulli(jax.random.key(8), 0.7, (B, T)).astype(jnp.int32)
+
+
+def _plain(terms, weights, student, teacher, tokens, mask):
+    """Of all logits at once."""
+    ours = logits(student.config, student.head, student.hidden)[:, :-1]
+    theirs = logits(teacher.config, teacher.head, teacher.hidden)[:, :-1]
+    each = [
+        jnp.sum(mask[:, 1:].astype(jnp.float32) * term.at(ours, theirs, tokens[:, 1:]))
+        for term in terms
+    ]
+    return jnp.sum(weights * jnp.stack(each)), jnp.stack(each)
+
+
+@pytest.mark.parametrize("piece", [1, 4, T, None])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_pieces_give_the_sums_and_gradients_of_the_whole(batch, piece, cap):
+    config = replace(CONFIG, final_softcap=cap)
+    student, teacher = _predictor(0, config), _predictor(5, config)
+
+    def of(function, head, hidden, **options):
+        own = replace(student, head=head, hidden=hidden)
+        return function(TERMS, WEIGHTS, own, teacher, *batch, **options)
+
+    arguments = student.head, student.hidden
+    ours, plain = partial(of, summed_losses, piece=piece), partial(of, _plain)
+    for found, expected in zip(jax.jit(ours)(*arguments), plain(*arguments), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    found, expected = (
+        jax.jit(jax.value_and_grad(lambda *a, f=f: 3.0 * f(*a)[0], argnums=(0, 1)))(*arguments)
+        for f in (ours, plain)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_are_not_learnt_have_no_part(batch):
+    tokens, mask = batch
+    student, teacher = _predictor(0), _predictor(5)
+
+    def total(tokens, mask, hidden=student.hidden):
+        own = replace(student, hidden=hidden)
+        return summed_losses(TERMS, WEIGHTS, own, teacher, tokens, mask)[0]
+
+    # Positions that predict those that are learnt.
+    before = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))[..., None].astype(jnp.float32)
+    assert total(jnp.where(mask > 0, tokens, 3), mask) == total(tokens, mask.at[:, 0].set(1))
+    np.testing.assert_allclose(
+        total(tokens, mask, student.hidden * before), total(tokens, mask), rtol=1e-6
+    )
+    gradient = jax.grad(lambda h: total(tokens, mask, h))(student.hidden)
+    np.testing.assert_array_equal(jnp.any(gradient != 0, axis=-1), before[..., 0] > 0)
+
+
+def test_a_known_teacher_is_a_teacher(batch):
+    """Its most likely tokens from a file are as good as the model."""
+    student, teacher = _predictor(0), _predictor(5)
+    terms, weights = (
+        (LogitLoss("forward_kl", 2.0, top_k=7), LogitLoss("cross_entropy")),
+        jnp.ones(2),
+    )
+    known = losses.top_k(logits(CONFIG, teacher.head, teacher.hidden), 7, 2.0)
+    expected = summed_losses(terms, weights, student, teacher, *batch, piece=3)
+    found = summed_losses(terms, weights, student, known, *batch, piece=3)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-6)
+    with pytest.raises(UserError, match="reverse_kl needs all of the teacher's logits"):
+        summed_losses([LogitLoss("reverse_kl")], jnp.ones(1), student, known, *batch)
+
+
+def test_a_quantized_head_lets_gradients_through(batch):
+    """Its scale has one, its codes have none."""
+    student, teacher = _predictor(0), _predictor(5)
+    head = {
+        "embed_tokens": {"weight": quantize_array(student.head["embed_tokens"]["weight"], "fp8")}
+    }
+
+    def total(hidden, weight):
+        own = Predictor(weight, hidden, CONFIG)
+        return summed_losses(TERMS, WEIGHTS, own, teacher, *batch)[0]
+
+    dense = {"embed_tokens": {"weight": head["embed_tokens"]["weight"].dequantize()}}
+    found, expected = (jax.grad(total)(student.hidden, one) for one in (head, dense))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    scale = head["embed_tokens"]["weight"].scale
+
+    def of_scale(scale):
+        weight = replace(head["embed_tokens"]["weight"], scale=scale)
+        return total(student.hidden, {"embed_tokens": {"weight": weight}})
+
+    slope = (of_scale(scale * 1.001) - of_scale(scale * 0.999)) / (0.002 * scale)
+    np.testing.assert_allclose(jax.grad(of_scale)(scale), slope, rtol=2e-2)
+
+
+def _largest(jaxpr: Any) -> int:
+    inner = (e for eqn in jaxpr.eqns for e in jaxprs_in_params(eqn.params))
+    own = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
+    return max([*own, *(_largest(one) for one in inner)])
+
+
+def test_all_logits_never_exist(batch):
+    student, teacher = _predictor(0), _predictor(5)
+
+    def total(head, hidden):
+        own = replace(student, head=head, hidden=hidden)
+        return summed_losses(TERMS, WEIGHTS, own, teacher, *batch, piece=2)[0]
+
+    jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(student.head, student.hidden)
+    assert _largest(jaxpr.jaxpr) < B * T * V / 2
+
+
+def test_a_head_that_is_not_trained_costs_no_gradient(batch):
+    student, teacher = _predictor(0), _predictor(5)
+
+    def total(head, hidden):
+        own = replace(student, head=head, hidden=hidden)
+        return summed_losses(TERMS, WEIGHTS, own, teacher, *batch, piece=2)[0]
+
+    def products(argnums):
+        text = str(jax.make_jaxpr(jax.grad(total, argnums))(student.head, student.hidden))
+        return text.count("dot_general")
+
+    assert products(1) == products((0, 1)) - 1
+
+
+def test_sharded_batches_give_the_same(batch):
+    student, teacher = _predictor(0), _predictor(5)
+    mesh = make_mesh({"data": 4, "model": 2})
+
+    def total(student, teacher, tokens, mask):
+        return summed_losses(TERMS, WEIGHTS, student, teacher, tokens, mask, piece=4)[0]
+
+    def put(tree: Any) -> Any:
+        def place(array: jax.Array) -> jax.Array:
+            spec = P("model") if array.ndim == 2 and array.shape[1] == D else P("data")
+            return jax.device_put(array, NamedSharding(mesh, spec))
+
+        return jax.tree.map(place, tree)
+
+    expected = jax.jit(jax.grad(total))(student, teacher, *batch)
+    found = jax.jit(jax.grad(total))(put(student), put(teacher), *put(batch))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogitLoss("kl"), "loss 'kl' is unknown; choose cross_entropy, forward_kl"),  # pyright: ignore[reportArgumentType]
+        (lambda: LogitLoss("reverse_kl", top_k=3), "top_k goes with forward_kl"),
+    ],
+)
+def test_what_is_refused(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_teachers_that_do_not_fit(batch):
+    student, teacher = _predictor(0), _predictor(5, replace(CONFIG, vocab_size=V + 1))
+    with pytest.raises(UserError, match="the teacher has 61 tokens in its vocabulary"):
+        summed_losses(TERMS, WEIGHTS, student, teacher, *batch)
+    with pytest.raises(UserError, match="forward_kl needs a teacher"):
+        summed_losses(TERMS[:1], WEIGHTS[:1], student, None, *batch)
+    with pytest.raises(UserError, match="5 losses need as many weights"):
+        summed_losses(TERMS, WEIGHTS[:2], student, teacher, *batch)
