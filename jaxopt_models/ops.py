@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.hadamard import hadamard
 from jaxopt_models.numerics import Scales, from_grid
 from jaxopt_models.packed import PackedTensor
@@ -77,7 +78,8 @@ def embed(tokens: jax.Array, weight: Any, dtype: Any) -> jax.Array:
     """Rows of the table `weight` (standing for [V, D]) for token ids [...]: [..., D] in `dtype`."""
     if isinstance(weight, QTensor):
         return _quantized_rows(tokens, weight).astype(dtype)
-    return weight[tokens].astype(dtype)
+    table = weight.dequantize() if isinstance(weight, FakeTensor) else weight
+    return table[tokens].astype(dtype)
 
 
 def _product(
@@ -92,7 +94,7 @@ def _product(
     """
     if isinstance(weight, Probe):
         return _product(x, weight.weight, dot) + weight.delta
-    if not isinstance(weight, QTensor | DenseTensor | PackedTensor):
+    if not isinstance(weight, QTensor | FakeTensor | DenseTensor | PackedTensor):
         return dot(x, weight.astype(x.dtype))
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

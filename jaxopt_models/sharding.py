@@ -11,6 +11,8 @@ weight [..., N, K] that a leaf stands for, and each array of the leaf gets what 
     low_rank     down [..., R, K], up [..., N, R]   P(..., None, k), P(..., n, None)
     global_scale, input          replicated
 
+    FakeTensor   [..., N, K]     P(..., n, k)     scales and learnt amax like a QTensor's
+
     PackedTensor [N, K]          P(n, k)
     codes, scales [N, …]         P(n, k)          or [N/16, …], [N/128, …]
     scales, factor [N]           P(n)             or [N/16]; input steps as above
@@ -33,6 +35,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import LowRank, QTensor
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
@@ -187,6 +190,8 @@ def _leaf_specs(leaf: Any, spec: tuple[Any, ...], mesh: Mesh) -> Any:
     """The leaf with a `PartitionSpec` in place of each of its arrays."""
     if isinstance(leaf, QTensor):
         return _quantized_specs(leaf, spec, mesh)
+    if isinstance(leaf, FakeTensor):
+        return _fake_specs(leaf, spec, mesh)
     if isinstance(leaf, PackedTensor):
         return _packed_specs(leaf, spec, mesh)
     if not is_leaf(leaf):
@@ -224,6 +229,24 @@ def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
     )
 
 
+def _fake_specs(fake: FakeTensor, spec: tuple[Any, ...], mesh: Mesh) -> FakeTensor:
+    tile = fake.spec.tile(fake.shape)
+    # As the folded leaf will be split, so that no tile is on two devices.
+    last = tile[-1] if tile[-1] < fake.shape[-1] else 1
+    spec = _kept(spec, fake.shape, mesh, (*(1,) * (fake.ndim - 1), last))
+    *lead, rows, columns = (None,) * (2 - fake.ndim) + spec
+
+    def tiled(part: Any) -> P:
+        return _tiled(fake.shape, tile, part, spec, mesh)
+
+    return replace(
+        _input_specs(fake, lead, rows, columns),
+        weight=P(*spec),
+        scales=jax.tree.map(tiled, fake.scales),
+        overall=_each(tiled, fake.overall),
+    )
+
+
 def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> PackedTensor:
     weight = packed.weight
     if isinstance(weight, EightBit):
@@ -237,7 +260,7 @@ def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> Pa
     return replace(_input_specs(packed, [], rows, columns), weight=specs)
 
 
-def _input_specs[Leaf: QTensor | PackedTensor](
+def _input_specs[Leaf: QTensor | FakeTensor | PackedTensor](
     leaf: Leaf, lead: Sequence[Any], rows: Any, columns: Any
 ) -> Leaf:
     """The leaf with specs of its input steps, of a weight that is split by rows and columns."""

@@ -21,13 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.fake_tensor import FakeTensor, LearnedAmax
 from jaxopt_models.formats import FORMATS, QuantSpec
 from jaxopt_models.kv_quantizer import KVQuantizer, RowQuantizer
-from jaxopt_models.qtensor import InputQuantizer, LowRank, QTensor
+from jaxopt_models.numerics import Scales
+from jaxopt_models.qtensor import DenseTensor, InputQuantizer, LowRank, QTensor
 
 # The dataclasses that checkpoints may hold, by the names they have there.
 KINDS: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (QTensor, LowRank, InputQuantizer, KVQuantizer, RowQuantizer)
+    kind.__name__: kind
+    for kind in (
+        QTensor,
+        LowRank,
+        InputQuantizer,
+        KVQuantizer,
+        RowQuantizer,
+        FakeTensor,
+        LearnedAmax,
+        Scales,
+        DenseTensor,
+    )
 }
 _PLAIN = (str, int, float, bool, type(None))
 

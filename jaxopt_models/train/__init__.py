@@ -1,0 +1,3 @@
+"""Training: leaves that learn under fake quantization, and the step that quantized training,
+distillation and drafts share.
+"""

@@ -1,0 +1,124 @@
+"""Quantized parameters made trainable, and trained ones quantized for good."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models import tree
+from jaxopt_models.elements import E4M3
+from jaxopt_models.errors import UserError
+from jaxopt_models.fake_tensor import FakeTensor, learned_amax
+from jaxopt_models.hadamard import hadamard
+from jaxopt_models.numerics import Scales
+from jaxopt_models.qtensor import Gradient, QTensor
+
+ScaleMode = Literal["dynamic", "static", "learned", "learned_untied"]
+_MODES = ("dynamic", "static", "learned", "learned_untied")
+# Of a weight and what it was quantized to; the coarsest formats are below a half.
+_FURTHEST = 0.7
+
+
+def fake_quantized(
+    params: Any,
+    quantized: Any,
+    scales: ScaleMode = "dynamic",
+    gradient: Gradient = "identity",
+) -> Any:
+    """Parameters to train: `quantized` with float32 weights behind its quantized leaves.
+
+    Training begins where post-training quantization ended: its input steps and quantizers are kept,
+    its scales too unless they are dynamic, and what it did to other tensors.
+
+    Args:
+      params: what was quantized, float leaves.
+      quantized: of the same model, by `quantize`.
+      scales: "dynamic" takes them from the weight at every step (under NVFP4's calibrated second
+        level), "static" keeps them, "learned" trains them, "learned_untied" trains those that
+        weights are divided by apart from those that results are multiplied with.
+      gradient: straight through, or "clip", masked to what the grid can represent.
+
+    Returns:
+      The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there.
+
+    Raises:
+      UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of
+        (some algorithms move scales from one tensor to the next: then `params` must hold them), or
+        if scales of the format cannot be learnt.
+    """
+    if scales not in _MODES:
+        raise UserError(f"scales {scales!r} are unknown; choose {', '.join(_MODES)}")
+    originals = dict(tree.leaves_with_paths(params))
+
+    def leaf(path: str, q: Any) -> Any:
+        if not isinstance(q, QTensor):
+            return q
+        if path not in originals:
+            raise UserError(f"the parameters have no tensor {path!r}, which is quantized")
+        return _fake(path, originals[path], q, scales, gradient)
+
+    fakes = tree.map_with_path(leaf, quantized)
+    if not any(isinstance(one, FakeTensor) for _, one in tree.leaves_with_paths(fakes)):
+        raise UserError("no tensor is quantized, so there is nothing to train for")
+    return fakes
+
+
+def fold(params: Any) -> Any:
+    """Each `FakeTensor` as the `QTensor` that it acts like: the same forward pass, bit for bit."""
+
+    def leaf(path: str, one: Any) -> Any:
+        return jax.jit(FakeTensor.fold)(one) if isinstance(one, FakeTensor) else one
+
+    return tree.map_with_path(leaf, params)
+
+
+def _fake(path: str, weight: Any, q: QTensor, mode: ScaleMode, gradient: Gradient) -> FakeTensor:
+    if tree.is_leaf(weight) or weight.shape != q.shape:
+        raise UserError(
+            f"{path!r} is {type(weight).__name__}{list(weight.shape)}; needed is the float array "
+            f"{list(q.shape)} that was quantized"
+        )
+    master, apart = _in_its_space(weight, q)
+    if not float(apart) < _FURTHEST:
+        raise UserError(
+            f"{path!r} is not what was quantized: they are {float(apart):.0%} apart; give the "
+            "parameters that the algorithm rounded, with what it folded into them"
+        )
+    overall = None
+    fixed = Scales(q.scale, q.global_scale, q.zero_point)
+    if mode == "dynamic" and q.global_scale is not None:
+        overall = q.global_scale * (q.spec.element.largest * E4M3.largest)
+    elif mode.startswith("learned"):
+        try:
+            fixed = learned_amax(fixed, q.spec, untied=mode == "learned_untied")
+        except UserError as error:
+            raise UserError(f"{path!r}: {error}") from error
+    return FakeTensor(
+        master,
+        None if mode == "dynamic" else fixed,
+        overall,
+        q.pre_scale,
+        q.low_rank,
+        q.input,
+        spec=q.spec,
+        gradient=gradient,
+        dtype=q.dtype,
+        rotate=q.rotate,
+    )
+
+
+@jax.jit
+def _in_its_space(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array]:
+    """(the float32 weight that `q` rounds, how far they are apart, relative)."""
+    master = weight.astype(jnp.float32)
+    if q.pre_scale is not None:
+        scale = q.pre_scale.astype(jnp.float32)
+        master = master / scale.reshape((1,) * (master.ndim - 1) + (-1,))
+    if q.rotate:
+        master = hadamard(master, q.rotate)
+    if q.low_rank is not None:
+        down, up = (part.astype(jnp.float32) for part in (q.low_rank.down, q.low_rank.up))
+        master = master - jnp.matmul(up, down, precision="highest")
+    difference = jnp.linalg.norm((master - q.dequantize(jnp.float32)).reshape(-1))
+    size = jnp.linalg.norm(master.reshape(-1))
+    return master, difference / jnp.where(size > 0.0, size, 1.0)
