@@ -1,0 +1,171 @@
+"""One step of training: gradients of a mean over everything that an update sees, guarded.
+
+    g = Σ ∇ loss / Σ count    over the parts of a batch,    scaled to at most `max_norm`
+
+A step whose loss or gradient is not finite changes nothing and is counted.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import lax
+
+from jaxopt_models.errors import UserError
+from jaxopt_models.train.trainable import combine, partition
+
+
+class Sums(NamedTuple):
+    """What a loss finds of a part of a batch, float32 scalars.
+
+    Attributes:
+      total: Σ loss, of which the gradient is taken.
+      count: what it is to be divided by; it has no gradient.
+      others: further sums, divided by the same count, to be reported.
+    """
+
+    total: jax.Array
+    count: jax.Array
+    others: dict[str, jax.Array]
+
+
+class Loss(Protocol):
+    """(parameters, whatever else it reads, part of a batch, step) -> `Sums`."""
+
+    def __call__(self, params: Any, context: Any, batch: Any, step: jax.Array) -> Sums: ...
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes, and what it keeps.
+
+    Attributes:
+      step: int32, updates so far, skipped ones included.
+      trained: parameters that are updated, see `trainable.partition`.
+      frozen: the others.
+      optimizer: state of the optimizer.
+      skipped: int32, steps that were skipped one after the other until now.
+      all_skipped: int32, all of them.
+    """
+
+    step: jax.Array
+    trained: Any
+    frozen: Any
+    optimizer: Any
+    skipped: jax.Array
+    all_skipped: jax.Array
+
+    @property
+    def params(self) -> Any:
+        return combine(self.trained, self.frozen)
+
+
+def start(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    train: tuple[str, ...] = ("*",),
+    freeze: tuple[str, ...] = (),
+) -> TrainState:
+    """The state before the first step; its arrays are copies, since steps take them over.
+
+    Args:
+      params: parameter tree; what is trained has to be float32.
+      optimizer: any of optax.
+      train, freeze: see `trainable.partition`.
+
+    Raises:
+      UserError: for an array to train that is narrower than float32, besides those of `partition`.
+    """
+    trained, frozen = partition(params, train, freeze)
+    for path, array in jax.tree_util.tree_leaves_with_path(trained):
+        if array.dtype != jnp.float32:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"{name!r} is {array.dtype.name}, in which small updates vanish; cast what is "
+                "trained to float32 and compute in the narrower dtype (config.dtype)"
+            )
+    trained, frozen = jax.tree.map(jnp.copy, (trained, frozen))
+    zero = (jnp.zeros((), jnp.int32) for _ in range(3))
+    with jax.numpy_dtype_promotion("standard"):
+        state = optimizer.init(trained)
+    return TrainState(next(zero), trained, frozen, state, next(zero), next(zero))
+
+
+def make_train_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    *,
+    parts: int = 1,
+    max_norm: float | None = None,
+) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted step: (state, context, batch) -> (state, metrics).
+
+    The state's buffers are taken over. Where arrays lie decides where the step runs.
+
+    Args:
+      loss: of a part of a batch, pure.
+      optimizer: any of optax.
+      parts: gradients of so many parts are accumulated; the batch's arrays are then
+        [parts, B, ...], else [B, ...].
+      max_norm: of the gradient, over all arrays; None leaves it.
+
+    Returns:
+      The step. Its metrics are float32: "loss" and the loss's others, means over the batch;
+      "count"; "gradient_norm", before it is scaled; "skipped", 1 if the step changed nothing.
+    """
+
+    def of_part(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
+        def total(trained: Any) -> tuple[jax.Array, Sums]:
+            sums = loss(combine(trained, state.frozen), context, batch, state.step)
+            return sums.total, sums
+
+        gradient, sums = jax.grad(total, has_aux=True)(state.trained)
+        return gradient, sums
+
+    def of_batch(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
+        if parts == 1:
+            return of_part(state, context, batch)
+
+        def one(carry: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, of_part(state, context, part)), None
+
+        first = jax.tree.map(lambda array: array[0], batch)
+        shapes = jax.eval_shape(of_part, state, context, first)
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return lax.scan(one, zeros, batch)[0]
+
+    def step(state: TrainState, context: Any, batch: Any) -> Any:
+        gradient, sums = of_batch(state, context, batch)
+        count = jnp.maximum(sums.count, 1.0)
+        gradient = jax.tree.map(lambda g: g / count, gradient)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.total)
+        if max_norm is not None:
+            factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, max_norm))
+            gradient = jax.tree.map(lambda g: g * factor, gradient)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, after = optimizer.update(gradient, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+        trained, after = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old),
+            (trained, after),
+            (state.trained, state.optimizer),
+        )
+        skipped = (~finite).astype(jnp.int32)
+        new = replace(
+            state,
+            step=state.step + 1,
+            trained=trained,
+            optimizer=after,
+            skipped=(state.skipped + 1) * skipped,
+            all_skipped=state.all_skipped + skipped,
+        )
+        means = {"loss": sums.total / count} | {k: v / count for k, v in sums.others.items()}
+        metrics = means | {"count": sums.count, "gradient_norm": norm}
+        return new, metrics | {"skipped": skipped.astype(jnp.float32)}
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,74 @@
+"""Which arrays of a parameter tree are trained.
+
+    array                 itself
+    FakeTensor            weight, learnt scales, low-rank correction
+    QTensor, DenseTensor  low-rank correction (adapters beside a frozen weight)
+
+Codes, fixed scales and input steps never are. Paths of arrays name their fields, too:
+"layers/3/mlp/up_proj/weight/scales/amax"; patterns are globs on them, as in `tree`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxopt_models import tree
+from jaxopt_models.errors import UserError
+from jaxopt_models.fake_tensor import FakeTensor
+from jaxopt_models.qtensor import DenseTensor, QTensor
+
+# Fields with something to train, of each kind of leaf, below the leaf's own path.
+_FIELDS: dict[type, tuple[str, ...]] = {
+    FakeTensor: ("/weight", "/scales/amax", "/scales/rounding", "/low_rank/*"),
+    QTensor: ("/low_rank/*",),
+    DenseTensor: ("/low_rank/*",),
+}
+
+
+def partition(
+    params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()
+) -> tuple[Any, Any]:
+    """(what is trained, what is not): two trees like `params`, None where the other has an array.
+
+    Args:
+      params: parameter tree.
+      train: globs on paths of arrays; what matches none is frozen.
+      freeze: globs on those that are frozen all the same.
+
+    Raises:
+      UserError: for a pattern that matches nothing that could be trained, or if nothing is left.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    fields = {
+        path + field
+        for path, leaf in tree.leaves_with_paths(params)
+        for field in ([""] if not tree.is_leaf(leaf) else _FIELDS.get(type(leaf), ()))
+    }
+    able = [
+        path
+        for path, (_, array) in zip(paths, flat, strict=True)
+        if tree.matches(path, fields) and jnp.issubdtype(array.dtype, jnp.floating)
+    ]
+    for pattern in (*train, *freeze):
+        if not any(tree.matches(path, pattern) for path in able):
+            raise UserError(
+                f"pattern {pattern!r} matches nothing that can be trained; "
+                + (f"paths look like {able[len(able) // 2]!r}" if able else "there is nothing")
+            )
+    chosen = {p for p in able if tree.matches(p, train) and not tree.matches(p, freeze)}
+    if not chosen:
+        raise UserError(f"nothing is trained: {', '.join(freeze)} freezes all of it")
+    named = list(zip(paths, (array for _, array in flat), strict=True))
+    trained = [array if path in chosen else None for path, array in named]
+    frozen = [None if path in chosen else array for path, array in named]
+    return jax.tree.unflatten(structure, trained), jax.tree.unflatten(structure, frozen)
+
+
+def combine(trained: Any, frozen: Any) -> Any:
+    """The whole tree again."""
+    return jax.tree.map(
+        lambda a, b: b if a is None else a, trained, frozen, is_leaf=lambda node: node is None
+    )

@@ -1,0 +1,219 @@
+"""A step of training: what it averages, guards and leaves alone."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxopt_models as jom
+from jaxopt_models import tree
+from jaxopt_models.distill.losses import top_k
+from jaxopt_models.distill.objective import LogitLoss
+from jaxopt_models.errors import UserError
+from jaxopt_models.qtensor import LowRank
+from jaxopt_models.sharding import make_mesh, shard
+from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.objectives import QAD, QAT, Term, next_token_loss
+from jaxopt_models.train.step import make_train_step, start
+from jaxopt_models.train.trainable import combine, partition
+
+SGD = optax.sgd(0.1)
+
+
+def _equal(a, b):
+    return all(
+        x.tobytes() == y.tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture
+def fakes(tiny_params, tiny_quantized):
+    return fake_quantized(tiny_params, tiny_quantized)
+
+
+def test_parts_are_one_batch(tiny_config, tiny_params, fakes, tokens):
+    """Also where they have different numbers of tokens to learn."""
+    mask = jnp.ones(tokens.shape).at[:3, 5:].set(0.0)
+    loss = next_token_loss(tiny_config, (*QAD, Term(LogitLoss("cross_entropy"), 0.5)))
+    whole, found = make_train_step(loss, SGD)(
+        start(fakes, SGD), tiny_params, {"tokens": tokens, "mask": mask}
+    )
+    parts = {"tokens": tokens.reshape(4, 2, 16), "mask": mask.reshape(4, 2, 16)}
+    other, metrics = make_train_step(loss, SGD, parts=4)(start(fakes, SGD), tiny_params, parts)
+    assert found.keys() == metrics.keys() and found["count"] == mask[:, 1:].sum()
+    for name in found:
+        np.testing.assert_allclose(metrics[name], found[name], rtol=1e-4)
+    for a, b in zip(jax.tree.leaves(other.trained), jax.tree.leaves(whole.trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    expected = found["forward_kl"] + 0.5 * found["cross_entropy"]
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+
+
+def test_a_long_gradient_is_shortened(tiny_config, fakes, tokens):
+    loss, batch = next_token_loss(tiny_config, QAT), {"tokens": tokens}
+    free, metrics = make_train_step(loss, SGD)(start(fakes, SGD), None, batch)
+    norm = metrics["gradient_norm"]
+    short, same = make_train_step(loss, SGD, max_norm=float(norm / 4))(
+        start(fakes, SGD), None, batch
+    )
+    np.testing.assert_allclose(same["gradient_norm"], norm, rtol=1e-5)
+    before = start(fakes, SGD).trained
+    steps = zip(*(jax.tree.leaves(t) for t in (before, free.trained, short.trained)), strict=True)
+    for old, far, near in steps:
+        np.testing.assert_allclose(4 * (near - old), far - old, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tiny_config, fakes, tokens):
+    plain = next_token_loss(tiny_config, QAT)
+    adam = optax.adam(1e-3)
+
+    def loss(params, context, batch, step):
+        sums = plain(params, context, batch, step)
+        return sums._replace(total=sums.total * batch["factor"])
+
+    step, state = make_train_step(loss, adam), start(fakes, adam)
+    state, _ = step(state, None, {"tokens": tokens, "factor": jnp.float32(1)})
+    kept = jax.tree.map(jnp.copy, state)
+    for i, bad in enumerate((jnp.nan, jnp.inf)):
+        state, metrics = step(state, None, {"tokens": tokens, "factor": jnp.float32(bad)})
+        assert metrics["skipped"] == 1 and state.skipped == i + 1
+    assert _equal((state.trained, state.optimizer), (kept.trained, kept.optimizer))
+    state, metrics = step(state, None, {"tokens": tokens, "factor": jnp.float32(1)})
+    assert (int(state.step), int(state.skipped), int(state.all_skipped)) == (4, 0, 2)
+    assert metrics["skipped"] == 0 and not _equal(state.trained, kept.trained)
+
+
+def test_distillation_brings_the_quantized_model_back(tiny_config, tiny_params, fakes, tokens):
+    """To the teacher, on tokens that it was not trained on, too, and it folds exactly."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(1e-4, 25))
+    step = make_train_step(next_token_loss(tiny_config), optimizer, max_norm=1.0)
+    state = start(fakes, optimizer)
+    others = [jax.random.randint(jax.random.key(7), (4, 16), 0, 64)]
+
+    def divergence(params) -> float:
+        kl = jom.evaluate(tiny_config, params, others, reference=tiny_params).kl
+        assert kl is not None
+        return kl
+
+    before = divergence(fakes)
+    for i in range(25):
+        batch = jax.random.randint(jax.random.key(100 + i), (8, 16), 0, 64)
+        state, _ = step(state, tiny_params, {"tokens": batch})
+    folded = fold(state.params)
+    assert divergence(folded) == divergence(state.params) < 0.85 * before
+
+
+def test_training_on_text_learns_it(tiny_config, fakes, tokens):
+    optimizer = optax.adam(1e-2)
+    step, state = make_train_step(next_token_loss(tiny_config, QAT), optimizer), None
+    state = start(fakes, optimizer)
+    losses = []
+    for _ in range(25):
+        state, metrics = step(state, None, {"tokens": tokens})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_weights_may_follow_the_step(tiny_config, tiny_params, fakes, tokens):
+    rising = Term(LogitLoss("cross_entropy"), optax.linear_schedule(0.0, 1.0, 2))
+    step = make_train_step(next_token_loss(tiny_config, (*QAD, rising)), SGD)
+    state = start(fakes, SGD)
+    for weight in (0.0, 0.5, 1.0):
+        state, found = step(state, tiny_params, {"tokens": tokens})
+        expected = found["forward_kl"] + weight * found["cross_entropy"]
+        np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+
+
+def test_a_teacher_that_is_known_beforehand(tiny_config, tiny_params, fakes, tokens):
+    term = Term(LogitLoss("forward_kl", top_k=8))
+    known = top_k(jom.forward(tiny_config, tiny_params, tokens), 8)
+    step = make_train_step(next_token_loss(tiny_config, (term,)), SGD)
+    live, a = step(start(fakes, SGD), tiny_params, {"tokens": tokens})
+    file, b = step(start(fakes, SGD), None, {"tokens": tokens, "teacher": known})
+    np.testing.assert_allclose(a["forward_kl_top8"], b["loss"], rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(live.trained), jax.tree.leaves(file.trained), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_adapters_learn_beside_frozen_codes(tiny_config, tiny_params, tiny_quantized, tokens):
+    path = "layers/0/mlp/up_proj/weight"
+    q = tiny_quantized["layers"][0]["mlp"]["up_proj"]["weight"]
+    adapted = replace(q, low_rank=LowRank(jnp.ones((2, 32)) / 8, jnp.zeros((64, 2))))
+    params = tree.replace(tiny_quantized, {path: adapted})
+    optimizer = optax.adam(1e-2)
+    state = start(params, optimizer, train=("*/low_rank/*",))
+    assert len(jax.tree.leaves(state.trained)) == 2
+    step = make_train_step(next_token_loss(tiny_config), optimizer)
+    losses = []
+    for _ in range(10):
+        state, metrics = step(state, tiny_params, {"tokens": tokens})
+        losses.append(float(metrics["loss"]))
+    after = state.params["layers"][0]["mlp"]["up_proj"]["weight"]
+    assert losses[-1] < losses[0] and _equal(after.codes, q.codes)
+    assert jnp.any(after.low_rank.up != 0)
+
+
+def test_what_is_frozen_stays(tiny_config, fakes, tokens):
+    state = start(fakes, SGD, train=("*_proj/*",), freeze=("layers/0/*",))
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(state.trained)
+    ]
+    assert paths and all(p.startswith("layers/1/") and p.endswith("/weight/weight") for p in paths)
+    frozen = jax.tree.map(jnp.copy, state.frozen)
+    state, _ = make_train_step(next_token_loss(tiny_config, QAT), SGD)(
+        state, None, {"tokens": tokens}
+    )
+    assert _equal(state.frozen, frozen)
+    assert jax.tree.structure(state.params) == jax.tree.structure(fakes)
+
+
+@pytest.mark.parametrize("scales", ["static", "learned_untied"])
+def test_what_can_be_trained(tiny_params, tiny_quantized, scales):
+    fakes = fake_quantized(tiny_params, tiny_quantized, scales)
+    trained, frozen = partition(fakes)
+    leaf, rest = (t["layers"][0]["mlp"]["up_proj"]["weight"] for t in (trained, frozen))
+    assert leaf.weight is not None and rest.weight is None
+    if scales == "static":
+        assert leaf.scales.scale is None and rest.scales.scale is not None
+    else:
+        assert leaf.scales.amax is not None and leaf.scales.rounding is not None
+        assert leaf.scales.overall is None and rest.scales.overall is not None
+    assert _equal(combine(trained, frozen), fakes)
+
+
+def test_several_devices_give_the_same(tiny_config, tiny_params, fakes, tokens):
+    """Rows of the batch on four devices, columns and rows of weights on two."""
+    mesh = make_mesh({"data": 4, "model": 2})
+    optimizer = optax.adam(1e-3)
+    step = make_train_step(next_token_loss(tiny_config), optimizer, max_norm=1.0)
+    alone, shared = (start(p, optimizer) for p in (fakes, shard(fakes, mesh)))
+    teacher = shard(tiny_params, mesh)
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    for i in range(3):
+        batch = jnp.roll(tokens, i, axis=0)
+        alone, a = step(alone, tiny_params, {"tokens": batch})
+        shared, b = step(shared, teacher, {"tokens": jax.device_put(batch, rows)})
+        for name in a:
+            np.testing.assert_allclose(b[name], a[name], rtol=1e-3)
+    leaf = shared.params["layers"][0]["mlp"]["down_proj"]["weight"].weight
+    assert leaf.sharding.shard_shape(leaf.shape) == (32, 32)
+
+
+def test_what_is_refused(tiny_config, tiny_params, tiny_quantized, fakes):
+    with pytest.raises(UserError, match="'layers/7/.*' matches nothing that can be trained; paths"):
+        start(fakes, SGD, train=("layers/7/*",))
+    with pytest.raises(UserError, match=r"nothing is trained: \* freezes all of it"):
+        start(fakes, SGD, freeze=("*",))
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_params)
+    with pytest.raises(UserError, match="'embed_tokens/weight' is bfloat16, in which small"):
+        start(half, SGD)
+    with pytest.raises(UserError, match="losses forward_kl, forward_kl: give one or more"):
+        next_token_loss(tiny_config, (*QAD, *QAD))
+    codes = {"layers": tiny_quantized["layers"][0]["mlp"]["up_proj"]}
+    with pytest.raises(UserError, match="matches nothing that can be trained; there is nothing"):
+        start(codes, SGD)
