@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.train.trainable import combine, partition
@@ -89,10 +90,27 @@ def start(
                 "trained to float32 and compute in the narrower dtype (config.dtype)"
             )
     trained, frozen = jax.tree.map(jnp.copy, (trained, frozen))
-    zero = (jnp.zeros((), jnp.int32) for _ in range(3))
+    everywhere = _everywhere(trained)
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(trained)
-    return TrainState(next(zero), trained, frozen, state, next(zero), next(zero))
+    state = optax.tree.map_params(
+        optimizer,
+        lambda array, parameter: jax.device_put(array, parameter.sharding),
+        state,
+        trained,
+        transform_non_params=everywhere,
+    )
+    step, skipped, all_skipped = (everywhere(jnp.zeros((), jnp.int32)) for _ in range(3))
+    return TrainState(step, trained, frozen, state, skipped, all_skipped)
+
+
+def _everywhere(trained: Any) -> Callable[[jax.Array], jax.Array]:
+    """Copies an array to every device of the mesh that parameters are on, if they are."""
+    meshes = (getattr(array.sharding, "mesh", None) for array in jax.tree.leaves(trained))
+    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    if mesh is None:
+        return lambda array: array
+    return lambda array: jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def make_train_step(

@@ -1,0 +1,73 @@
+"""A run that is killed from outside at its step 7: python killed_run.py DIR STEP_TO_DIE"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxopt_models as jom
+from jaxopt_models import tree
+from jaxopt_models.data import PackedBatches
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.train.checkpoints import Checkpoints
+from jaxopt_models.train.leaves import fake_quantized
+from jaxopt_models.train.loop import Log, Pace, fit
+from jaxopt_models.train.objectives import next_token_loss
+from jaxopt_models.train.step import make_train_step, start
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "tie_word_embeddings": True,
+    }
+)
+STEPS = 10
+
+
+def run(directory: Path, dies_at: int | None = None) -> tuple[list[dict], object]:
+    """Goes on with what is there; (lines of the log, trained arrays)."""
+    params = jom.init(CONFIG, jax.random.key(0))
+
+    def leaf(path, weight):
+        inside = tree.is_decoder_matrix(path, weight)
+        return jom.quantize_array(weight, "nvfp4") if inside else weight
+
+    optimizer = optax.adamw(1e-3)
+    state = start(fake_quantized(params, tree.map_with_path(leaf, params)), optimizer)
+    rows = np.random.default_rng(0).integers(0, 32, (7, 12)).astype(np.int32)
+    batches = PackedBatches(rows, batch_size=3, seed=5)
+
+    def batch(number: int) -> dict[str, jax.Array]:
+        if number == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"tokens": jnp.asarray(batches.batch(number))}
+
+    with Checkpoints(directory / "states", signature={"seed": 5}) as checkpoints:
+        if checkpoints.steps:
+            state = checkpoints.restore(state)
+        log = Log(directory / "log.jsonl", int(state.step))
+        step = make_train_step(next_token_loss(CONFIG), optimizer)
+        state = fit(
+            step,
+            state,
+            batch,
+            params,
+            Pace(STEPS, log=1, save=3),
+            checkpoints=checkpoints,
+            log=log,
+        )
+    return log.lines, state.trained
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]))
