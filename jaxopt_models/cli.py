@@ -188,6 +188,32 @@ def evaluate(
 
 
 @app.command()
+def train(
+    technique: Annotated[
+        Literal["qat", "qad", "distill"], typer.Argument(help="What is learnt from.")
+    ],
+    config: Annotated[Path, typer.Option(help="YAML file of the run; see configs/runs.")],
+    out: OutOption,
+    overrides: SetOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run of the same settings stopped.")
+    ] = False,
+) -> None:
+    """Train a model under quantization, or a student for what a model says."""
+    from jaxopt_models.train import run
+    from jaxopt_models.train.settings import RunSettings
+
+    settings = RunSettings.load(config, tuple(overrides or ()))
+    result = run.train(technique, settings, out, resume=resume, progress=report.progress)
+    last = result.log[-1]
+    report.out.print(
+        f"{settings.steps} steps: perplexity {last['perplexity']:.4f}, KL {last['kl']:.4f} to "
+        f"{settings.model} -> {out / 'model'}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def generate(
     model: ModelArg,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],

@@ -205,7 +205,9 @@ def _backward(plan: _Plan, gradients: Any, cotangents: Any) -> Any:
     of_total, _ = cotangents
     if isinstance(of_total, SymbolicZero):
         return None, None, None
-    of_head, of_hidden = jax.tree.map(lambda g: (g * of_total).astype(g.dtype), gradients)
+    of_head, of_hidden = jax.tree.map(
+        lambda g: (g.astype(jnp.float32) * of_total).astype(g.dtype), gradients
+    )
     return of_head, of_hidden, None
 
 

@@ -20,7 +20,7 @@ from jaxopt_models.formats import QuantSpec, resolve
 from jaxopt_models.hadamard import hadamard, largest_block
 from jaxopt_models.kv_quantizer import KVQuantizer, RowQuantizer, Search
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.quantize.method import Strict
+from jaxopt_models.settings import Strict
 
 _GRANULARITIES = {
     "fp8": ("tensor", "head", "token"),

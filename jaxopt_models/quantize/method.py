@@ -3,17 +3,14 @@
 from typing import Any, Literal
 
 import jax
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, model_validator
+from pydantic import Field, StrictBool, StrictInt, model_validator
 
 from jaxopt_models.block_search import Search, has_search
 from jaxopt_models.formats import QuantSpec, resolve
 from jaxopt_models.qtensor import InputQuantizer
 from jaxopt_models.quantize.calibrators import InputMethod
 from jaxopt_models.quantize.scales import ScaleMethod, check_method
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from jaxopt_models.settings import Strict
 
 
 class FormatChoice(Strict):

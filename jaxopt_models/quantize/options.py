@@ -3,7 +3,7 @@
 from typing import Literal, NamedTuple
 
 from jaxopt_models.quantize.kv import KVChoice
-from jaxopt_models.quantize.method import Strict
+from jaxopt_models.settings import Strict
 
 ORIGINAL = "original"
 Unit = Literal["bits", "bytes", "latency"]

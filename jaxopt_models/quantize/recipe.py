@@ -16,7 +16,6 @@
 The last rule that matches a path decides. A rule that matches nothing is an error.
 """
 
-import copy
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import resources
@@ -37,7 +36,8 @@ from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import largest_block
 from jaxopt_models.quantize.kv import KVChoice
-from jaxopt_models.quantize.method import Method, Strict
+from jaxopt_models.quantize.method import Method
+from jaxopt_models.settings import Strict, explain, first_line, with_override
 
 _SKIP = ("lm_head/*", "embed_tokens/*", "*/router/*")
 
@@ -148,15 +148,15 @@ class Recipe(Strict):
         try:
             fields = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"recipe {source}: not valid YAML ({_first_line(error)})") from error
+            raise UserError(f"recipe {source}: not valid YAML ({first_line(error)})") from error
         if not isinstance(fields, dict):
             raise UserError(f"recipe {source}: expected keys such as 'rules', found {fields!r}")
         for override in overrides:
-            fields = _override(fields, override)
+            fields = with_override(fields, override, _field_of)
         try:
             return cls.model_validate({"name": name} | fields)
         except ValidationError as error:
-            raise UserError(f"recipe {source}: {_explain(error)}") from error
+            raise UserError(f"recipe {source}: {explain(error, 'recipe')}") from error
 
     def plan(self, params: Any) -> dict[str, Rule]:
         """The rule of each weight that is to be quantized, by path in tree order.
@@ -225,7 +225,7 @@ def _read(source: str | Path) -> tuple[str, str]:
         try:
             return path.stem, path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"recipe {path}: cannot be read ({_first_line(error)})") from error
+            raise UserError(f"recipe {path}: cannot be read ({first_line(error)})") from error
     name = _preset_named(str(source))
     return name, (_preset_folder() / f"{name}.yaml").read_text(encoding="utf-8")
 
@@ -241,47 +241,7 @@ def _preset_named(name: str) -> str:
     raise UserError(f"recipe {name!r} is neither a .yaml file nor one of {', '.join(presets())}")
 
 
-def _override(fields: dict[str, Any], override: str) -> dict[str, Any]:
-    """A copy with one "dotted.key=value" set; shorthands on the way are spelled out."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r} is not of the form key=value")
-    fields = copy.deepcopy(fields)
-    node: Any = fields
-    *parents, last = key.split(".")
-    for part in parents:
-        node = _descend(node, part, override)
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML") from error
-    if isinstance(node, list):
-        raise UserError(f"override {override!r} ends inside a list; name one of its fields")
-    node[last] = value
-    return fields
-
-
-def _descend(node: Any, part: str, override: str) -> Any:
-    key: Any = int(part) if isinstance(node, list) and part.isdecimal() else part
-    try:
-        child = node[key]
-    except (KeyError, IndexError, TypeError) as error:
-        raise UserError(f"override {override!r}: the recipe has no {part!r} there") from error
-    if isinstance(child, str):  # "weight: int4" is {format: int4}, "rounding: gptq" {method: gptq}
-        child = node[key] = {"method" if part in ("smooth", "rounding") else "format": child}
-    if not isinstance(child, dict | list):
-        raise UserError(f"override {override!r}: {part!r} holds a value, not fields")
-    return child
-
-
-def _explain(error: ValidationError) -> str:
-    """The first problem of a validation as "where: what"."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or "recipe"
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; remove it or correct its name"
-    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+def _field_of(part: str) -> str:
+    """What a shorthand is short for: "weight: int4" is {format: int4}, "rounding: gptq" {method:
+    gptq}."""
+    return "method" if part in ("smooth", "rounding") else "format"

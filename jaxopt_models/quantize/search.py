@@ -33,12 +33,12 @@ from jaxopt_models.quantize.candidates import (
 from jaxopt_models.quantize.groups import group_of
 from jaxopt_models.quantize.kv import KVChoice
 from jaxopt_models.quantize.latency import product_key, product_seconds
-from jaxopt_models.quantize.method import Strict
 from jaxopt_models.quantize.mixture import Scores
 from jaxopt_models.quantize.options import CacheOption, Fixed, Group, Option
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.quantize.sensitivity import Method, Trial, sensitivities
+from jaxopt_models.settings import Strict
 
 Seconds = Callable[[Any, int], float]
 

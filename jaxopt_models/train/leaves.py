@@ -15,8 +15,9 @@ from jaxopt_models.qtensor import Gradient, QTensor
 
 ScaleMode = Literal["dynamic", "static", "learned", "learned_untied"]
 _MODES = ("dynamic", "static", "learned", "learned_untied")
-# Of a weight and what it was quantized to; the coarsest formats are below a half.
-_FURTHEST = 0.7
+# Of a weight and what it was quantized to: the relative distance, which is below a half for the
+# coarsest formats, and how much larger the one is than the other, in the median row and column.
+_FURTHEST, _MOST_SCALED = 0.7, 0.05
 
 
 def fake_quantized(
@@ -31,7 +32,8 @@ def fake_quantized(
     its scales too unless they are dynamic, and what it did to other tensors.
 
     Args:
-      params: what was quantized, float leaves.
+      params: what was quantized, float leaves. None begins with what the codes stand for, as
+        algorithms need that move factors from one tensor to the next.
       quantized: of the same model, by `quantize`.
       scales: "dynamic" takes them from the weight at every step (under NVFP4's calibrated second
         level), "static" keeps them, "learned" trains them, "learned_untied" trains those that
@@ -42,20 +44,21 @@ def fake_quantized(
       The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there.
 
     Raises:
-      UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of
-        (some algorithms move scales from one tensor to the next: then `params` must hold them), or
+      UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of, or
         if scales of the format cannot be learnt.
     """
     if scales not in _MODES:
         raise UserError(f"scales {scales!r} are unknown; choose {', '.join(_MODES)}")
-    originals = dict(tree.leaves_with_paths(params))
+    originals = {} if params is None else dict(tree.leaves_with_paths(params))
 
     def leaf(path: str, q: Any) -> Any:
         if not isinstance(q, QTensor):
             return q
+        if params is None:
+            return _fake(path, q.dequantize(jnp.float32), q, scales, gradient)
         if path not in originals:
             raise UserError(f"the parameters have no tensor {path!r}, which is quantized")
-        return _fake(path, originals[path], q, scales, gradient)
+        return _fake(path, _master(path, originals[path], q), q, scales, gradient)
 
     fakes = tree.map_with_path(leaf, quantized)
     if not any(isinstance(one, FakeTensor) for _, one in tree.leaves_with_paths(fakes)):
@@ -72,18 +75,23 @@ def fold(params: Any) -> Any:
     return tree.map_with_path(leaf, params)
 
 
-def _fake(path: str, weight: Any, q: QTensor, mode: ScaleMode, gradient: Gradient) -> FakeTensor:
+def _master(path: str, weight: Any, q: QTensor) -> jax.Array:
     if tree.is_leaf(weight) or weight.shape != q.shape:
         raise UserError(
             f"{path!r} is {type(weight).__name__}{list(weight.shape)}; needed is the float array "
             f"{list(q.shape)} that was quantized"
         )
-    master, apart = _in_its_space(weight, q)
-    if not float(apart) < _FURTHEST:
+    master, apart, scaled = _in_its_space(weight, q)
+    if not (float(apart) < _FURTHEST and float(scaled) < _MOST_SCALED):
         raise UserError(
-            f"{path!r} is not what was quantized: they are {float(apart):.0%} apart; give the "
-            "parameters that the algorithm rounded, with what it folded into them"
+            f"{path!r} is not what was quantized: they are {float(apart):.0%} apart, rows or "
+            f"columns scaled by {float(scaled):.0%}; give the parameters that were rounded, or "
+            "None to begin with the quantized values"
         )
+    return master
+
+
+def _fake(path: str, master: jax.Array, q: QTensor, mode: ScaleMode, gradient: Gradient) -> Any:
     overall = None
     fixed = Scales(q.scale, q.global_scale, q.zero_point)
     if mode == "dynamic" and q.global_scale is not None:
@@ -108,8 +116,8 @@ def _fake(path: str, weight: Any, q: QTensor, mode: ScaleMode, gradient: Gradien
 
 
 @jax.jit
-def _in_its_space(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array]:
-    """(the float32 weight that `q` rounds, how far they are apart, relative)."""
+def _in_its_space(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(the float32 weight that `q` rounds, how far they are apart, by how much one is scaled)."""
     master = weight.astype(jnp.float32)
     if q.pre_scale is not None:
         scale = q.pre_scale.astype(jnp.float32)
@@ -119,6 +127,16 @@ def _in_its_space(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array]:
     if q.low_rank is not None:
         down, up = (part.astype(jnp.float32) for part in (q.low_rank.down, q.low_rank.up))
         master = master - jnp.matmul(up, down, precision="highest")
-    difference = jnp.linalg.norm((master - q.dequantize(jnp.float32)).reshape(-1))
-    size = jnp.linalg.norm(master.reshape(-1))
-    return master, difference / jnp.where(size > 0.0, size, 1.0)
+    rounded = q.dequantize(jnp.float32)
+
+    def share(part: jax.Array, whole: jax.Array) -> jax.Array:
+        return part / jnp.where(whole > 0.0, whole, 1.0)
+
+    def scaled(axis: int) -> jax.Array:
+        """Of the weight along an axis, as least squares see it."""
+        squares = jnp.sum(rounded * rounded, axis)
+        ratio = share(jnp.sum(master * rounded, axis), squares)
+        return jnp.median(jnp.where(squares > 0.0, jnp.abs(ratio - 1.0), 0.0))
+
+    apart = share(jnp.sum((master - rounded) ** 2), jnp.sum(master**2))
+    return master, jnp.sqrt(apart), jnp.maximum(scaled(-1), scaled(-2))

@@ -90,6 +90,20 @@ def test_pieces_give_the_sums_and_gradients_of_the_whole(batch, piece, cap):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_narrow_hidden_states_have_narrow_gradients(batch):
+    student, teacher = _predictor(0), _predictor(5)
+    hidden = student.hidden.astype(jnp.bfloat16)
+
+    def total(hidden):
+        own = replace(student, hidden=hidden)
+        return 2.0 * summed_losses(TERMS, WEIGHTS, own, teacher, *batch, piece=4)[0]
+
+    found, expected = jax.grad(total)(hidden), jax.grad(total)(hidden.astype(jnp.float32))
+    assert found.dtype == jnp.bfloat16
+    apart = jnp.linalg.norm(found.astype(jnp.float32) - expected)
+    assert apart < 0.02 * jnp.linalg.norm(expected)
+
+
 def test_tokens_that_are_not_learnt_have_no_part(batch):
     tokens, mask = batch
     student, teacher = _predictor(0), _predictor(5)

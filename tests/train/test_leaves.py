@@ -118,6 +118,15 @@ def test_what_is_refused(params):
     other = jom.init(CONFIG, jax.random.key(1))
     with pytest.raises(UserError, match=r"down_proj/weight' is not what was quantized: they are 1"):
         fake_quantized(other, _quantized(params))
+    # As if factors had moved into the norm before.
+    factors = jnp.exp(0.2 * jax.random.normal(jax.random.key(2), (32,)))
+    path = "layers/0/mlp/up_proj/weight"
+    scaled = {path: params["layers"][0]["mlp"]["up_proj"]["weight"] * factors[None]}
+    quantized = _quantized(tree.replace(params, scaled))
+    with pytest.raises(UserError, match=r"up_proj/weight' is not .* columns scaled by 1"):
+        fake_quantized(params, quantized)
+    begun = fake_quantized(None, quantized, "static")
+    assert _logits(begun).tobytes() == _logits(quantized).tobytes()
     with pytest.raises(UserError, match="needed is the float array"):
         fake_quantized(_quantized(params), _quantized(params))
     smaller = {**params, "layers": params["layers"][:1]}

@@ -1,0 +1,71 @@
+"""Settings in YAML: values set from a command line, and mistakes in one sentence."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from jaxopt_models.errors import UserError
+
+
+class Strict(BaseModel):
+    """Frozen settings in which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def with_override(
+    fields: dict[str, Any], assignment: str, field_of: Callable[[str], str] | None = None
+) -> dict[str, Any]:
+    """A copy with one "dotted.key=value" set, the value being YAML.
+
+    Args:
+      field_of: which field a text stands for in place of fields, by its key; None allows none.
+
+    Raises:
+      UserError: if it is of another form, or leads nowhere.
+    """
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {assignment!r} is not of the form key=value")
+    fields = copy.deepcopy(fields)
+    node: Any = fields
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _descend(node, part, assignment, field_of)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {assignment!r}: the value is not valid YAML") from error
+    if isinstance(node, list):
+        raise UserError(f"override {assignment!r} ends inside a list; name one of its fields")
+    node[last] = value
+    return fields
+
+
+def _descend(node: Any, part: str, assignment: str, field_of: Callable[[str], str] | None) -> Any:
+    key: Any = int(part) if isinstance(node, list) and part.isdecimal() else part
+    try:
+        child = node[key]
+    except (KeyError, IndexError, TypeError) as error:
+        raise UserError(f"override {assignment!r}: there is no {part!r} there") from error
+    if isinstance(child, str) and field_of is not None:
+        child = node[key] = {field_of(part): child}
+    if not isinstance(child, dict | list):
+        raise UserError(f"override {assignment!r}: {part!r} holds a value, not fields")
+    return child
+
+
+def explain(error: ValidationError, whole: str) -> str:
+    """The first problem of a validation as "where: what"; `whole` is where no field is to blame."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or whole
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; remove it or correct its name"
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

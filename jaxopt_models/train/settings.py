@@ -1,0 +1,196 @@
+"""What a training run is, as users write it down.
+
+    model: smollm2-135m
+    recipe: nvfp4               # qat, qad: what it is quantized to, a preset or a file
+    student: pruned/            # distill: who learns from the model
+    text: builtin               # or a file, or hf:NAME
+    length: 512
+    batch: 8                    # rows of a step, in `parts` parts
+    steps: 400
+    optimizer: {name: adamw, learning_rate: 1.0e-5, schedule: cosine, warmup: 0.05}
+    losses: [{kind: forward_kl}]
+    evaluation: {text: builtin, windows: 16, every: 100}
+
+Everything but the model, and the recipe or the student, has a default.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optax
+import yaml
+from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+
+from jaxopt_models.distill.objective import Kind, LogitLoss
+from jaxopt_models.errors import UserError
+from jaxopt_models.qtensor import Gradient
+from jaxopt_models.settings import Strict, explain, first_line, with_override
+from jaxopt_models.train.leaves import ScaleMode
+from jaxopt_models.train.objectives import QAD, QAT, Term
+
+Technique = Literal["qat", "qad", "distill"]
+
+
+class Optimizer(Strict):
+    """`learning_rate` is the highest: after `warmup`, a share of all steps, it falls to its `end`
+    share, unless the schedule is "constant"."""
+
+    name: Literal["adamw", "lion", "sgd"] = "adamw"
+    learning_rate: float = Field(default=1e-5, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    end: float = Field(default=0.1, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.95, ge=0, lt=1)
+
+    def rate(self, steps: int) -> optax.Schedule:
+        """Step -> learning rate, of a run of so many steps."""
+        first = round(self.warmup * steps)
+        rest, last = max(1, steps - first), self.end * self.learning_rate
+        falls = {
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, rest, self.end),
+            "linear": optax.linear_schedule(self.learning_rate, last, rest),
+            "constant": optax.constant_schedule(self.learning_rate),
+        }[self.schedule]
+        if first == 0:
+            return falls
+        # Not from 0, where the first step would do nothing.
+        rises = optax.linear_schedule(self.learning_rate / first, self.learning_rate, first - 1)
+        return optax.join_schedules([rises if first > 1 else falls, falls], [first])
+
+    def transformation(self, steps: int) -> optax.GradientTransformation:
+        """Of optax, for a run of so many steps."""
+        rate = self.rate(steps)
+        if self.name == "sgd":
+            return optax.sgd(rate, momentum=self.b1 or None)
+        make = optax.adamw if self.name == "adamw" else optax.lion
+        return make(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
+
+
+class LossChoice(Strict):
+    """See `distill.losses`."""
+
+    kind: Kind
+    weight: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    beta: float = Field(default=0.5, gt=0, lt=1)
+    top_k: StrictInt | None = Field(default=None, ge=1)
+
+    @property
+    def term(self) -> Term:
+        loss = LogitLoss(self.kind, self.temperature, self.beta, self.top_k)
+        return Term(loss, self.weight)
+
+
+class Evaluation(Strict):
+    """What is measured of the model: windows of a text, every so many steps and at the end."""
+
+    text: str = "builtin"
+    windows: StrictInt = Field(default=16, ge=1)
+    length: StrictInt = Field(default=512, ge=2)
+    every: StrictInt | None = Field(default=None, ge=1)
+
+
+class Calibration(Strict):
+    """The text that the recipe is calibrated on, if it needs one."""
+
+    text: str = "builtin"
+    windows: StrictInt = Field(default=64, ge=1)
+    length: StrictInt = Field(default=512, ge=2)
+
+
+class RunSettings(Strict):
+    """See the module's docstring.
+
+    Attributes:
+      scales, gradient: see `leaves.fake_quantized`.
+      begin: masters are the "original" weights, or the values that they were "quantized" to.
+      parts: of a batch, whose gradients are accumulated.
+      train, freeze: see `trainable.partition`.
+      dtype: of computation; what is trained is float32.
+      mesh: sizes of the axes "data" and "model".
+      keep: checkpoints.
+    """
+
+    model: str
+    recipe: str | None = None
+    student: str | None = None
+    scales: ScaleMode = "dynamic"
+    gradient: Gradient = "identity"
+    begin: Literal["original", "quantized"] = "original"
+    calibration: Calibration = Calibration()
+    text: str = "builtin"
+    length: StrictInt = Field(default=512, ge=2)
+    batch: StrictInt = Field(default=8, ge=1)
+    parts: StrictInt = Field(default=1, ge=1)
+    steps: StrictInt = Field(default=200, ge=1)
+    seed: StrictInt = Field(default=0, ge=0)
+    optimizer: Optimizer = Optimizer()
+    max_norm: float | None = Field(default=1.0, gt=0)
+    losses: tuple[LossChoice, ...] = ()
+    train: tuple[str, ...] = ("*",)
+    freeze: tuple[str, ...] = ()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: dict[Literal["data", "model"], int] = Field(default_factory=dict)
+    evaluation: Evaluation = Evaluation()
+    log: StrictInt = Field(default=10, ge=1)
+    save: StrictInt = Field(default=100, ge=1)
+    keep: StrictInt = Field(default=2, ge=1)
+    keep_best: StrictBool = True
+
+    @field_validator("train", "freeze", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> "RunSettings":
+        """Reads a YAML file.
+
+        Args:
+          overrides: "dotted.key=value" with YAML values.
+
+        Raises:
+          UserError: for a missing file, YAML that does not parse, an unknown key or a wrong value.
+        """
+        try:
+            fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"run {file}: cannot be read ({first_line(error)})") from error
+        if not isinstance(fields, dict):
+            raise UserError(f"run {file}: expected keys such as 'model', found {fields!r}")
+        for assignment in overrides:
+            parent = assignment.partition("=")[0].partition(".")[0]
+            if "." in assignment.partition("=")[0]:
+                fields.setdefault(parent, {})  # settings that have defaults
+            fields = with_override(fields, assignment)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(f"run {file}: {explain(error, 'run')}") from error
+
+    def terms(self, technique: Technique) -> tuple[Term, ...]:
+        """The losses, or the technique's own."""
+        if self.losses:
+            return tuple(choice.term for choice in self.losses)
+        return QAT if technique == "qat" else QAD
+
+    def check(self, technique: Technique) -> None:
+        """Raises:
+        UserError: for what does not go with a technique.
+        """
+        if technique == "distill":
+            if self.student is None:
+                raise UserError("distill needs a 'student', who learns from the model")
+            if self.recipe is not None:
+                raise UserError("distill trains an unquantized student; for a 'recipe' choose qad")
+        elif self.recipe is None:
+            raise UserError(f"{technique} needs a 'recipe', what the model is quantized to")
+        elif self.student is not None:
+            raise UserError(f"{technique} trains the model itself; a 'student' goes with distill")
+        if technique == "qad" and not any(t.loss.needs_teacher for t in self.terms(technique)):
+            raise UserError("none of the losses reads the teacher; choose qat, or another loss")
+        if self.batch % self.parts:
+            raise UserError(f"a batch of {self.batch} rows has no {self.parts} equal parts")

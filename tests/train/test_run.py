@@ -1,0 +1,173 @@
+"""Whole runs, from a file of settings to a model on disk."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+import yaml
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+import jaxopt_models as jom
+from jaxopt_models import cli, data, tree
+from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.qtensor import QTensor
+from jaxopt_models.train.run import train
+from jaxopt_models.train.settings import Optimizer, RunSettings
+
+SMALL = {
+    "length": 16,
+    "batch": 4,
+    "steps": 6,
+    "log": 2,
+    "save": 2,
+    "evaluation": {"windows": 4, "length": 16},
+    "calibration": {"windows": 4, "length": 16},
+    "optimizer": {"learning_rate": 1e-3},
+}
+
+
+def _model(layers: int, dtype=jnp.bfloat16):
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 256,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "tie_word_embeddings": True,
+        }
+    )
+    params = jom.init(config, jax.random.key(0))
+    params |= {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
+    return config, jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a model of two layers and one of the first of them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    folder = tmp_path_factory.mktemp("models")
+    for name, layers in (("two", 2), ("one", 1)):
+        jom.save(folder / name, *_model(layers), tokenizer)
+    return folder
+
+
+def _settings(models, **more):
+    return RunSettings.model_validate(SMALL | {"model": str(models / "two")} | more)
+
+
+def test_qad_ends_with_the_model_that_was_measured(models, tmp_path):
+    settings = _settings(models, recipe="nvfp4_weight_only", dtype="bfloat16", parts=2)
+    result = train("qad", settings, tmp_path / "out")
+    loaded = jom.load(tmp_path / "out" / "model")
+    kinds = {path: type(leaf) for path, leaf in tree.leaves_with_paths(loaded.params)}
+    assert kinds["layers/1/mlp/down_proj/weight"] is QTensor
+    assert loaded.params["norm"]["weight"].dtype == jnp.bfloat16
+    original = jom.load(models / "two")
+    text = data.load_text("builtin", "evaluation")
+    batches = data.token_batches(original, text, 4, 16, 4)
+    found = jom.evaluate(loaded.config, loaded.params, batches, original.params)
+    last = result.log[-1]
+    assert (last["kl"], last["perplexity"]) == (found.kl, found.perplexity)
+    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert lines == result.log and [line["step"] for line in lines] == [2, 4, 6, 6]
+    assert {"loss", "forward_kl", "gradient_norm", "tokens_per_second"} <= lines[0].keys()
+    assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "nvfp4_weight_only"
+
+
+def test_qat_of_a_calibrated_recipe(models, tmp_path):
+    """AWQ moves factors from one tensor to the next, so masters are what it rounded to."""
+    settings = _settings(models, recipe="int4_awq", begin="quantized", scales="learned")
+    result = train("qat", settings, tmp_path / "out")
+    assert "cross_entropy" in result.log[0] and result.log[-1]["kl"] > 0
+    with pytest.raises(UserError, match="is not what was quantized: .* or None to begin with"):
+        train("qat", settings.model_copy(update={"begin": "original"}), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_student_learns_from_the_model(models, tmp_path):
+    losses = [{"kind": "jensen_shannon"}, {"kind": "cross_entropy", "weight": 0.1}]
+    settings = _settings(models, student=str(models / "one"), losses=losses, mesh={"data": 2})
+    result = train("distill", settings, tmp_path / "out")
+    assert result.model.config.num_layers == 1
+    assert {"jensen_shannon", "cross_entropy"} <= result.log[0].keys()
+    assert not any(isinstance(x, QTensor) for _, x in tree.leaves_with_paths(result.model.params))
+
+
+def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(SMALL | {"model": str(models / "two"), "recipe": "fp8"}))
+    out = tmp_path / "out"
+    command = ["train", "qad", "--config", str(file), "--out", str(out), "--set", "seed=3"]
+
+    def run(*more: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["jaxopt-models", *command, *more])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0)
+
+    assert run("--set", "optimizer.learning_rate=0.002") == 0
+    assert "6 steps: perplexity" in capsys.readouterr().out
+    first = (out / "model" / "jaxopt_models.json").read_text()
+    assert run() == 2 and "exists already; choose another" in capsys.readouterr().err
+    assert run("--resume") == 2
+    assert "is a run with optimizer" in capsys.readouterr().err
+    assert run("--resume", "--set", "optimizer.learning_rate=0.002") == 0
+    assert (
+        json.loads(first)["report"]
+        == json.loads((out / "model" / "jaxopt_models.json").read_text())["report"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("technique", "more", "message"),
+    [
+        ("qad", {}, "qad needs a 'recipe', what the model is quantized to"),
+        ("qat", {"recipe": "fp8", "student": "x"}, "a 'student' goes with distill"),
+        ("distill", {}, "distill needs a 'student'"),
+        ("distill", {"student": "x", "recipe": "fp8"}, "for a 'recipe' choose qad"),
+        ("qad", {"recipe": "fp8", "losses": [{"kind": "cross_entropy"}]}, "none of the losses"),
+        ("qat", {"recipe": "fp8", "parts": 3}, "a batch of 4 rows has no 3 equal parts"),
+    ],
+)
+def test_settings_that_do_not_go_together(models, tmp_path, technique, more, message):
+    with pytest.raises(UserError, match=message):
+        train(technique, _settings(models, **more), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_in_files(tmp_path):
+    file = tmp_path / "run.yaml"
+    with pytest.raises(UserError, match=r"run .*run.yaml: cannot be read"):
+        RunSettings.load(file)
+    file.write_text("- model")
+    with pytest.raises(UserError, match="expected keys such as 'model'"):
+        RunSettings.load(file)
+    file.write_text("model: x\nstep: 3\n")
+    with pytest.raises(UserError, match="unknown key 'step'; remove it or correct its name"):
+        RunSettings.load(file)
+    file.write_text("model: x\n")
+    with pytest.raises(UserError, match="optimizer.learning_rate: Input should be greater than 0"):
+        RunSettings.load(file, ["optimizer.learning_rate=-1"])
+    assert RunSettings.load(file, ["steps=7", "evaluation.every=2"]).evaluation.every == 2
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rates(schedule):
+    with jax.numpy_dtype_promotion("standard"):
+        rate = Optimizer(learning_rate=1.0, schedule=schedule, warmup=0.1, end=0.2).rate(100)
+        rates = [float(jnp.asarray(rate(step))) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == 1.0 and rates[-1] == pytest.approx(
+        1.0 if schedule == "constant" else 0.2, abs=0.02
+    )
