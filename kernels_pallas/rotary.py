@@ -22,7 +22,7 @@ from kernels_pallas.registers import layout
 
 _HEADS = 4  # of a CTA, one for each warp
 _MOST_ROWS = 256  # that take a kernel
-_HEAD_DIMS = (64, 128, 256)
+_HEAD_DIMS = (128, 256)  # halves of whole cache lines, which stores have to fill
 
 
 def rotate_append(
@@ -106,7 +106,7 @@ def _local(*arrays: jax.Array) -> Any:
 
 
 def has_kernel(*arrays: jax.Array) -> bool:
-    """Whether all are bfloat16, numbers of heads multiples of 4, heads of 64, 128 or 256."""
+    """Whether all are bfloat16, numbers of heads multiples of 4, heads of 128 or 256."""
     query, key, value, _, _, _, keys, values = arrays
     typed = all(array.dtype == jnp.bfloat16 for array in (query, key, value, keys, values))
     by_four = query.shape[2] % _HEADS == key.shape[2] % _HEADS == 0
@@ -133,7 +133,7 @@ def rotate_append_kernel(*arrays: jax.Array, interpret: bool = False) -> Any:
     if not has_kernel(*arrays):
         raise ValueError(
             f"no kernel for {[f'{array.dtype}{array.shape}' for array in arrays]}; needed are "
-            "bfloat16, multiples of 4 heads, of 64, 128 or 256"
+            "bfloat16, multiples of 4 heads, of 128 or 256"
         )
     query, key, value, cos, sin, slots, keys, values = arrays
     batch, length, heads, dim = query.shape

@@ -14,7 +14,7 @@ from kernels_pallas import rotary, rotate_append
 from kernels_pallas.rotary import has_kernel, rotate_append_kernel, rotate_append_reference
 
 # B, T, H, G, S, d
-CASES = [(1, 1, 8, 4, 16, 128), (3, 1, 4, 4, 9, 64), (2, 5, 12, 4, 16, 64), (1, 2, 8, 8, 8, 256)]
+CASES = [(1, 1, 8, 4, 16, 128), (3, 1, 4, 4, 9, 128), (2, 5, 12, 4, 16, 128), (1, 2, 8, 8, 8, 256)]
 
 
 def arrays(sizes, seed: int = 0, dtype=jnp.bfloat16) -> list[jax.Array]:
@@ -115,7 +115,7 @@ def test_gradients_are_the_reference_s(hopper):
 
 
 def test_a_batch_adds_to_the_rows(hopper):
-    given = arrays((6, 2, 4, 4, 9, 64))
+    given = arrays((6, 2, 4, 4, 9, 128))
     expected = jax.jit(rotate_append)(*given)
     by_two = [array.reshape(3, 2, *array.shape[1:]) for array in given]
     found = jax.jit(jax.vmap(rotate_append))(*by_two)
@@ -125,7 +125,7 @@ def test_a_batch_adds_to_the_rows(hopper):
 
 @pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model")])
 def test_rows_and_heads_stay_split(hopper, mesh, spec):
-    given = arrays((4, 1, 32, 16, 9, 64))
+    given = arrays((4, 1, 32, 16, 9, 128))
     alone = jax.jit(rotate_append)(*given)
     batch, heads = (*spec, None)[:2]
 
@@ -144,7 +144,8 @@ def test_rows_and_heads_stay_split(hopper, mesh, spec):
 def test_what_has_no_kernel():
     assert has_kernel(*arrays(CASES[0]))
     for given in (
-        arrays((1, 1, 9, 3, 8, 64)),
+        arrays((1, 1, 9, 3, 8, 128)),
+        arrays((1, 1, 8, 4, 8, 64)),
         arrays((1, 1, 8, 4, 8, 96)),
         arrays(CASES[0], dtype=jnp.float32),
     ):
