@@ -152,8 +152,12 @@ def token_arrays(config: ModelConfig, batches: Iterable[Any], shortest: int = 1)
     return [jnp.asarray(array, jnp.int32) for array in arrays]
 
 
-def pack(documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int) -> np.ndarray:
+def pack(
+    documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int | None = None
+) -> np.ndarray:
     """Documents laid end to end, an `eos` after each, and cut into rows: int32 `[N, length]`.
+
+    Without an `eos` nothing is between them.
 
     A row may hold several documents, and attention sees across their boundaries, as in
     pretraining. The last, incomplete row (fewer than `length` ids) is left out.
@@ -163,7 +167,8 @@ def pack(documents: Iterable[Sequence[int] | np.ndarray], length: int, eos: int)
     """
     if length < 2:
         raise UserError(f"rows of {length} tokens train nothing; ask for a length of at least 2.")
-    pieces = [np.append(np.asarray(ids, np.int32), np.int32(eos)) for ids in documents]
+    end = np.asarray([] if eos is None else [eos], np.int32)
+    pieces = [np.append(np.asarray(ids, np.int32), end) for ids in documents]
     stream = np.concatenate(pieces) if pieces else np.empty(0, np.int32)
     count = len(stream) // length
     if count == 0:

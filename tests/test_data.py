@@ -165,6 +165,8 @@ def test_pack_puts_eos_between_documents_and_drops_the_rest():
     rows = data.pack([[1, 2, 3], np.array([4]), [5, 6]], length=4, eos=0)
     assert rows.dtype == np.int32
     np.testing.assert_array_equal(rows, [[1, 2, 3, 0], [4, 0, 5, 6]])
+    rows = data.pack([[1, 2, 3], np.array([4]), [5, 6]], length=3)
+    np.testing.assert_array_equal(rows, [[1, 2, 3], [4, 5, 6]])
 
 
 @pytest.mark.parametrize(

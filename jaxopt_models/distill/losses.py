@@ -131,7 +131,7 @@ def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
 
 def _expected(log_weights: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     """`Σ e^log_weights (left - right)` over the last axis, without what has no weight."""
-    known = log_weights > -jnp.inf
+    known = log_weights != -jnp.inf  # NaN is, and spreads
     # Twice, or gradients of what is left out would be 0 times infinity.
     left, right, weights = (jnp.where(known, x, 0.0) for x in (left, right, log_weights))
     return jnp.sum(jnp.where(known, jnp.exp(weights) * (left - right), 0.0), axis=-1)
@@ -147,7 +147,7 @@ def _others(log_probs: jax.Array, indices: jax.Array) -> jax.Array:
     """Log of the probability of all tokens but those: [...]."""
     hidden = jnp.put_along_axis(log_probs, indices, -jnp.inf, axis=-1, inplace=False)
     most = jax.lax.stop_gradient(jnp.max(hidden, axis=-1, keepdims=True))
-    most = jnp.where(most > -jnp.inf, most, 0.0)
+    most = jnp.where(most != -jnp.inf, most, 0.0)
     total = jnp.sum(jnp.exp(hidden - most), axis=-1)
-    some = total > 0.0
+    some = total != 0.0
     return jnp.where(some, jnp.log(jnp.where(some, total, 1.0)) + most[..., 0], -jnp.inf)

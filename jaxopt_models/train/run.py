@@ -33,6 +33,7 @@ from jaxopt_models.train.loop import Log, Pace, fit
 from jaxopt_models.train.objectives import next_token_loss
 from jaxopt_models.train.settings import RunSettings, Technique
 from jaxopt_models.train.step import make_train_step, start
+from jaxopt_models.train.trainable import combine, partition
 
 
 @dataclass(frozen=True)
@@ -168,11 +169,9 @@ def _student(
 
 
 def _wide(params: Any) -> Any:
-    def wide(array: Any) -> Any:
-        narrow = array.dtype in (jnp.bfloat16, jnp.float16)
-        return array.astype(jnp.float32) if narrow else array
-
-    return jax.tree.map(wide, params)
+    """With all that can be trained in float32; scales stay as they are stored."""
+    trained, frozen = partition(params)
+    return combine(jax.tree.map(lambda array: array.astype(jnp.float32), trained), frozen)
 
 
 def _finished(params: Any, like: Any) -> Any:
@@ -187,21 +186,18 @@ def _finished(params: Any, like: Any) -> Any:
 
 
 def _compute(teacher: Model, settings: RunSettings) -> Any:
-    """The teacher's parameters in the dtype of computation."""
+    """The teacher's parameters in the dtype of computation, those that are plain arrays."""
     dtype = jnp.dtype(settings.dtype)
 
-    def cast(array: Any) -> Any:
-        floating = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize >= 2
-        return array.astype(dtype) if floating else array
+    def cast(_: str, leaf: Any) -> Any:
+        return leaf if tree.is_leaf(leaf) else leaf.astype(dtype)
 
-    return jax.tree.map(cast, teacher.params)
+    return tree.map_with_path(cast, teacher.params)
 
 
 def _rows(model: Model, settings: RunSettings) -> np.ndarray:
     text = data.load_text(settings.text, "calibration")
-    ids = data.tokenize(data.tokenizer_of(model), text)
-    end = model.config.eos_token_ids
-    return data.pack([ids], settings.length, end[0] if end else 0)
+    return data.pack([data.tokenize(data.tokenizer_of(model), text)], settings.length)
 
 
 def _batches(rows: np.ndarray, settings: RunSettings, mesh: Any) -> Any:

@@ -138,6 +138,18 @@ def test_tokens_that_both_exclude_cost_nothing(name):
     assert jnp.all(jnp.isfinite(gradient))
 
 
+@pytest.mark.parametrize("name", [*DIVERGENCES, "top_k"])
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_what_is_not_a_number_does_not_pass_for_agreement(name, whose):
+    pair = list(_pair())
+    pair[whose == "teacher"] = pair[whose == "teacher"].at[0, 0, 3].set(jnp.nan)
+    if name == "top_k":
+        found = losses.top_k_kl(pair[0], losses.top_k(pair[1], 4))
+    else:
+        found = DIVERGENCES[name](*pair)
+    assert jnp.isnan(found[0, 0]) and jnp.all(jnp.isfinite(found[1:]))
+
+
 def test_hidden_states():
     a, b = _pair(shape=(2, 3, 16))
     np.testing.assert_allclose(losses.cosine_distance(3 * a, a), 0.0, atol=1e-6)

@@ -16,7 +16,8 @@ from jaxopt_models import cli, data, tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.qtensor import QTensor
-from jaxopt_models.train.run import train
+from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.run import _wide, train
 from jaxopt_models.train.settings import Optimizer, RunSettings
 
 SMALL = {
@@ -93,6 +94,22 @@ def test_qat_of_a_calibrated_recipe(models, tmp_path):
     with pytest.raises(UserError, match="is not what was quantized: .* or None to begin with"):
         train("qat", settings.model_copy(update={"begin": "original"}), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_what_is_widened_is_what_is_trained():
+    """Scales are part of the format that the model will have."""
+    params = _model(1)[1]
+    q = jom.quantize_array(
+        params["layers"][0]["mlp"]["up_proj"]["weight"],
+        "int4",
+        block_size=32,
+        scale_dtype="bfloat16",
+    )
+    quantized = tree.replace(params, {"layers/0/mlp/up_proj/weight": q})
+    wide = _wide(fake_quantized(params, quantized, "static"))
+    assert wide["norm"]["weight"].dtype == jnp.float32
+    folded = fold(wide)["layers"][0]["mlp"]["up_proj"]["weight"]
+    assert folded.scale.dtype == jnp.bfloat16 and folded.weight_bits == q.weight_bits
 
 
 def test_a_student_learns_from_the_model(models, tmp_path):
