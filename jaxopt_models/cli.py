@@ -29,6 +29,7 @@ from jaxopt_models.cli_options import (
 )
 from jaxopt_models.demo import run_demo
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json, write_text
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -88,7 +89,7 @@ def quantize(
             provenance={"source": loaded.source, "calibration": calib if batches else None},
         )
     if json:
-        report.write_json(json, result.as_dict())
+        write_json(json, result.as_dict())
     if files:
         report.save_report(files, result)
     report.out.print(report.worst_tensors_table(result))
@@ -145,9 +146,9 @@ def auto(
         timed = rows if unit == "latency" else None
         found = search.score(*inputs, **options, rows=timed, progress=report.progress)
         if scores:
-            report.write_json(scores, found.as_dict())
+            write_json(scores, found.as_dict())
     choice = found.choose(budget, unit, context)
-    report.write_text(out, to_yaml(found.recipe(choice)))
+    write_text(out, to_yaml(found.recipe(choice)))
     if plot:
         points = found.pareto(40, unit, context)
         plots.save_figure(plots.pareto_plot(points, found.uniform(unit, context), unit), plot)
@@ -182,7 +183,7 @@ def evaluate(
     if json:
         protocol = {"model": model, "reference": reference, "text": text}
         sizes = {"windows": windows, "length": length, "python": sys.version.split()[0]}
-        report.write_json(json, metrics.as_dict() | protocol | sizes)
+        write_json(json, metrics.as_dict() | protocol | sizes)
     title = f"{windows} x {length} tokens of {text}"
     report.out.print(report.metrics_table(title, [(model, metrics, None)]))
 
@@ -276,7 +277,7 @@ def demo(
     """Quantize a real small model in many ways, and show what each costs."""
     figures = run_demo(out)
     if json:
-        report.write_json(json, figures)
+        write_json(json, figures)
 
 
 def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:

@@ -8,6 +8,7 @@ import typer
 from jaxopt_models import report
 from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json
 
 bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
 
@@ -30,7 +31,7 @@ def bench_evaluation(
     with report.working("timing"):
         figures = run(model, text, windows, length, batch, peer_python)
     if json:
-        report.write_json(json, figures)
+        write_json(json, figures)
     report.out.print(
         f"{model}, {windows} x {length} tokens: {figures['seconds']:.1f} s, compilation included; "
         f"transformers + torch {figures['peer_seconds']:.1f} s; "

@@ -20,7 +20,14 @@ from jaxopt_models.elements import E4M3
 from jaxopt_models.errors import UserError
 from jaxopt_models.formats import QuantSpec
 from jaxopt_models.numerics import Scales, tile_expand, tile_reduce
-from jaxopt_models.qtensor import Gradient, InputQuantizer, LowRank, QTensor, quantize_with
+from jaxopt_models.qtensor import (
+    Gradient,
+    InputQuantizer,
+    LowRank,
+    QTensor,
+    fake_quant,
+    quantize_with,
+)
 from jaxopt_models.tree import WeightLeaf
 
 _LEAST = 2.0**-100  # of a learnt magnitude, so that nothing is divided by zero
@@ -88,14 +95,6 @@ class FakeTensor(WeightLeaf):
         return self.weight.shape
 
     @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def size(self) -> int:
-        return self.weight.size
-
-    @property
     def weight_bits(self) -> int:
         """Of the folded leaf."""
         return jax.eval_shape(FakeTensor.fold, self).weight_bits
@@ -104,9 +103,7 @@ class FakeTensor(WeightLeaf):
         """Those of this step."""
         if self.scales is None:
             return numerics.find_scales(self.weight, self.spec, self.overall)
-        return (
-            self.scales.scales(self.spec) if isinstance(self.scales, LearnedAmax) else self.scales
-        )
+        return _current(self.scales, self.spec)
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The array that the folded leaf stands for; gradients reach the weight and learnt scales.
@@ -114,8 +111,12 @@ class FakeTensor(WeightLeaf):
         Args:
           dtype: of the result, which is computed in float32; None takes that of the leaf.
         """
-        given = self.scales, self.overall, self.spec, self.gradient
-        rounded: jax.Array = _rounded(self.weight, *given)
+        rounded: jax.Array
+        if self.scales is None:
+            options: dict[str, Any] = {"amax": self.overall, "gradient": self.gradient}
+            rounded = fake_quant(self.weight, self.spec, **options)
+        else:
+            rounded = _rounded(self.weight, self.scales, self.spec, self.gradient)
         return rounded.astype(dtype or self.dtype)
 
     def fold(self) -> QTensor:
@@ -148,37 +149,27 @@ def learned_amax(scales: Scales, spec: QuantSpec, untied: bool = False) -> Learn
             "'dynamic' ones, or another format"
         )
     amax = numerics.real_scale(scales, spec) * spec.element.largest
-    overall = None
-    if scales.global_scale is not None:
-        overall = scales.global_scale * (spec.element.largest * E4M3.largest)
-    return LearnedAmax(amax, amax if untied else None, overall)
+    return LearnedAmax(amax, amax if untied else None, numerics.overall_amax(scales, spec))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _current(scales: Scales | LearnedAmax, spec: QuantSpec) -> Scales:
+    return scales.scales(spec) if isinstance(scales, LearnedAmax) else scales
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rounded(
-    weight: jax.Array,
-    scales: Scales | LearnedAmax | None,
-    overall: jax.Array | None,
-    spec: QuantSpec,
-    gradient: Gradient,
+    weight: jax.Array, scales: Scales | LearnedAmax, spec: QuantSpec, gradient: Gradient
 ) -> jax.Array:
-    """Ŵ, float32."""
-    found = _scales_of(weight, scales, overall, spec)
+    """Ŵ under given scales, float32."""
+    found = _current(scales, spec)
     return numerics.from_grid(numerics.to_grid(weight, found, spec), found, spec)
 
 
-def _scales_of(weight: Any, scales: Any, overall: Any, spec: QuantSpec) -> Scales:
-    return FakeTensor(weight, scales, overall, spec=spec).current_scales()
-
-
-def _forward(weight: Any, scales: Any, overall: Any, spec: QuantSpec, gradient: Gradient) -> Any:
-    out = _rounded(weight, scales, overall, spec, gradient)
+def _forward(weight: Any, scales: Any, spec: QuantSpec, gradient: Gradient) -> Any:
+    out = _rounded(weight, scales, spec, gradient)
     if isinstance(scales, LearnedAmax):
         return out, (weight, scales, None)
-    inside = None
-    if gradient == "clip":
-        found = _scales_of(weight, scales, overall, spec)
-        inside = numerics.representable(weight, found, spec)
+    inside = numerics.representable(weight, scales, spec) if gradient == "clip" else None
     return out, (None, None, inside)
 
 
@@ -186,9 +177,8 @@ def _backward(spec: QuantSpec, gradient: Gradient, residuals: Any, cotangent: ja
     weight, learned, inside = residuals
     if learned is None:
         masked = cotangent if inside is None else jnp.where(inside, cotangent, 0.0)
-        return masked, None, None
-    of_weight, of_learned = _learned_gradients(weight, learned, spec, gradient, cotangent)
-    return of_weight, of_learned, None
+        return masked, None
+    return _learned_gradients(weight, learned, spec, gradient, cotangent)
 
 
 _rounded.defvjp(_forward, _backward)

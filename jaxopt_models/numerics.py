@@ -167,6 +167,13 @@ def real_scale(scales: Scales, spec: QuantSpec) -> jax.Array:
     return scale if scales.global_scale is None else scale * scales.global_scale
 
 
+def overall_amax(scales: Scales, spec: QuantSpec) -> jax.Array | None:
+    """The `overall` that `scales_from_amax` makes a global scale of; None for one level."""
+    if scales.global_scale is None:
+        return None
+    return scales.global_scale * spec.element.largest * E4M3.largest
+
+
 def inverse_scale(scales: Scales, spec: QuantSpec) -> jax.Array:
     """What values are multiplied with on their way to the grid, float32, one number a tile."""
     if scales.inverse is not None:

@@ -71,14 +71,6 @@ class PackedTensor(WeightLeaf):
         return self.weight.shape
 
     @property
-    def ndim(self) -> int:
-        return 2
-
-    @property
-    def size(self) -> int:
-        return self.shape[0] * self.shape[1]
-
-    @property
     def weight_bits(self) -> int:
         return size_in_bits(replace(self, input=None))
 

@@ -105,17 +105,6 @@ class QTensor(WeightLeaf):
         return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // bits - self.pad)
 
     @property
-    def ndim(self) -> int:
-        return self.codes.ndim
-
-    @property
-    def size(self) -> int:
-        size = 1
-        for extent in self.shape:
-            size *= extent
-        return size
-
-    @property
     def weight_bits(self) -> int:
         return size_in_bits(replace(self, input=None))
 
@@ -146,14 +135,6 @@ class DenseTensor(WeightLeaf):
     @property
     def shape(self) -> tuple[int, ...]:
         return self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def size(self) -> int:
-        return self.weight.size
 
     def dequantize(self, dtype: Any = None) -> jax.Array:
         """The weight in `dtype`."""

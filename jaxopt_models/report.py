@@ -2,8 +2,6 @@
 
 import csv
 import io
-import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -18,6 +16,7 @@ from rich.table import Table
 from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics
+from jaxopt_models.files import write_json, write_text
 from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.mixture import Scores
 from jaxopt_models.quantize.options import Choice
@@ -38,29 +37,6 @@ def working(what: str) -> Iterator[None]:
     """A spinner for a step of unknown length."""
     with err.status(what):
         yield
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all.
-
-    Raises:
-      UserError: if the file cannot be written.
-    """
-    write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-      UserError: if the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def save_report(directory: str | Path, report: Report) -> None:

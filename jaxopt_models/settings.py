@@ -1,7 +1,7 @@
 """Settings in YAML: values set from a command line, and mistakes in one sentence."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import yaml
@@ -17,12 +17,16 @@ class Strict(BaseModel):
 
 
 def with_override(
-    fields: dict[str, Any], assignment: str, field_of: Callable[[str], str] | None = None
+    fields: dict[str, Any],
+    assignment: str,
+    field_of: Callable[[str], str] | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """A copy with one "dotted.key=value" set, the value being YAML.
 
     Args:
       field_of: which field a text stands for in place of fields, by its key; None allows none.
+      optional: keys of the whole whose fields all have defaults, so that they may be missing.
 
     Raises:
       UserError: if it is of another form, or leads nowhere.
@@ -33,6 +37,8 @@ def with_override(
     fields = copy.deepcopy(fields)
     node: Any = fields
     *parents, last = key.split(".")
+    if parents and parents[0] in optional:
+        fields.setdefault(parents[0], {})
     for part in parents:
         node = _descend(node, part, assignment, field_of)
     try:

@@ -210,18 +210,9 @@ def _like(shape: tuple[int, ...], part: Any, spec: tuple[Any, ...], mesh: Mesh) 
 
 
 def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
-    tile = q.spec.tile(q.shape)
-    codes_a_group = 8 // math.gcd(8, q.spec.element.bits)  # the fewest that fill whole bytes
-    # Under one scale for the whole axis a boundary may fall anywhere.
-    last = math.lcm(codes_a_group, tile[-1] if tile[-1] < q.shape[-1] else 1)
-    spec = _kept(spec, q.shape, mesh, (*(1,) * (q.ndim - 1), last))
-    *lead, rows, columns = (None,) * (2 - q.ndim) + spec
-
-    def tiled(part: Any) -> P:
-        return _tiled(q.shape, tile, part, spec, mesh)
-
+    spec, tiled, specs = _by_tiles(q, spec, mesh)
     return replace(
-        _input_specs(q, lead, rows, columns),
+        specs,
         codes=P(*spec),
         scale=tiled(q.scale),
         zero_point=_each(tiled, q.zero_point),
@@ -230,21 +221,32 @@ def _quantized_specs(q: QTensor, spec: tuple[Any, ...], mesh: Mesh) -> QTensor:
 
 
 def _fake_specs(fake: FakeTensor, spec: tuple[Any, ...], mesh: Mesh) -> FakeTensor:
-    tile = fake.spec.tile(fake.shape)
-    # As the folded leaf will be split, so that no tile is on two devices.
-    last = tile[-1] if tile[-1] < fake.shape[-1] else 1
-    spec = _kept(spec, fake.shape, mesh, (*(1,) * (fake.ndim - 1), last))
-    *lead, rows, columns = (None,) * (2 - fake.ndim) + spec
-
-    def tiled(part: Any) -> P:
-        return _tiled(fake.shape, tile, part, spec, mesh)
-
+    """Split as the folded leaf will be."""
+    spec, tiled, specs = _by_tiles(fake, spec, mesh)
     return replace(
-        _input_specs(fake, lead, rows, columns),
+        specs,
         weight=P(*spec),
         scales=jax.tree.map(tiled, fake.scales),
         overall=_each(tiled, fake.overall),
     )
+
+
+def _by_tiles[Leaf: QTensor | FakeTensor](
+    leaf: Leaf, spec: tuple[Any, ...], mesh: Mesh
+) -> tuple[tuple[Any, ...], Callable[[Any], P], Leaf]:
+    """(the spec where it cuts no tile and no byte, the specs that follow for an array with an entry
+    a tile, the leaf with those of its input steps)."""
+    tile = leaf.spec.tile(leaf.shape)
+    codes_a_group = 8 // math.gcd(8, leaf.spec.element.bits)  # the fewest that fill whole bytes
+    # Under one scale for the whole axis a boundary may fall anywhere.
+    last = math.lcm(codes_a_group, tile[-1] if tile[-1] < leaf.shape[-1] else 1)
+    spec = _kept(spec, leaf.shape, mesh, (*(1,) * (leaf.ndim - 1), last))
+    *lead, rows, columns = (None,) * (2 - leaf.ndim) + spec
+
+    def tiled(part: Any) -> P:
+        return _tiled(leaf.shape, tile, part, spec, mesh)
+
+    return spec, tiled, _input_specs(leaf, lead, rows, columns)
 
 
 def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> PackedTensor:

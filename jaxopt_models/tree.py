@@ -5,6 +5,7 @@ as in "layers/3/self_attn/q_proj/weight". A pattern is a shell glob on the whole
 also matches "/".
 """
 
+import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -16,6 +17,19 @@ from jaxopt_models.errors import UserError
 
 class WeightLeaf:
     """Base of the dataclasses that stand for one weight array inside a parameter tree."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that the leaf stands for."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def weight_bits(self) -> int:
@@ -32,6 +46,12 @@ def leaves_with_paths(params: Any) -> list[tuple[str, Any]]:
     """All weight leaves in tree order with their paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_leaf)
     return [(_join(path), leaf) for path, leaf in flat]
+
+
+def arrays_with_paths(node: Any) -> list[tuple[str, Any]]:
+    """All arrays in tree order with their paths, which name the fields of leaf dataclasses, too."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(node)
+    return [(_join(path), array) for path, array in flat]
 
 
 def map_with_path(function: Callable[..., Any], params: Any, *rest: Any) -> Any:

@@ -12,9 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from jaxopt_models import Model, QTensor, UserError, cli, export_hf, init, load
 from jaxopt_models.checkpoint.safetensors import write_sharded
@@ -35,17 +32,12 @@ SIZES = ["--windows", "4", "--length", "16"]
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
+def model_dir(tmp_path_factory, byte_tokenizer) -> Path:
     """A tiny model with a byte-level tokenizer, as a Hugging Face directory."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     config = ModelConfig.from_hf(CONFIG)
     params = init(config, jax.random.key(0), jnp.bfloat16)
     directory = tmp_path_factory.mktemp("cli") / "model"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    export_hf(directory, Model(config, params, tokenizer))
+    export_hf(directory, Model(config, params, byte_tokenizer))
     return directory
 
 

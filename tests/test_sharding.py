@@ -255,8 +255,10 @@ def test_other_leaf_kinds_split_what_has_the_extents_of_the_weight(mesh):
         weight: jax.Array
         mask: jax.Array
         temperature: jax.Array
-        shape = (8, 16)
-        ndim = 2
+
+        @property
+        def shape(self):
+            return (8, 16)
 
     leaf = Masked(jnp.ones((8, 16)), jnp.ones((8, 1), bool), jnp.float32(1.0))
     found = shardings({"w": leaf}, mesh, {"w": P("data", "model")})["w"]

@@ -15,11 +15,11 @@ from jaxopt_models.bench.peer import alternately, circumstances, exchanged, run_
 from jaxopt_models.bench.quality import compiling_anew
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.report import write_json
 
 # Our preset -> (the peer's algorithm, windows of its protocol).
 ALGORITHMS = {"int4_awq": ("awq", 16), "int4_gptq": ("gptq", 32)}

@@ -20,6 +20,7 @@ from jaxopt_models.bench.bandwidth import read_bandwidth, seconds_per_turn
 from jaxopt_models.bench.quality_results import device, device_file, today
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json
 from jaxopt_models.formats import resolve
 from jaxopt_models.generate import DecodeState, decode_loop
 from jaxopt_models.inference import prepare
@@ -29,7 +30,6 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.qtensor import InputQuantizer, quantize_array
-from jaxopt_models.report import write_json
 from jaxopt_models.sampling import make_sampler
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}

@@ -20,6 +20,7 @@ from jaxopt_models import data
 from jaxopt_models.bench.quality_results import device, device_file, today
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import package_version
+from jaxopt_models.files import write_json
 from jaxopt_models.generate import generate
 from jaxopt_models.inference import prepare
 from jaxopt_models.models.config import ModelConfig
@@ -27,7 +28,6 @@ from jaxopt_models.models.transformer import forward
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.report import write_json
 
 RECIPES = ("int4", "nvfp4_weight_only", "mxfp4_weight_only", "fp8_dynamic", "int8")
 
@@ -144,23 +144,17 @@ def compare(
     if not differing:
         return []
     whole = [[*prompt, *tokens] for prompt, tokens in zip(prompts, reference, strict=True)]
-    margins = _margins(config, params, whole, new_tokens, differing)
-    return [
-        Difference(row, position, expected, found, margin, noise)
-        for (row, position, expected, found), (margin, noise) in zip(
-            differing, margins, strict=True
-        )
-    ]
+    return _differences(config, params, whole, new_tokens, differing)
 
 
-def _margins(
+def _differences(
     config: ModelConfig,
     params: Any,
     whole: Sequence[Sequence[int]],
     new_tokens: int,
     differing: Sequence[tuple[int, int, int, int]],
-) -> list[tuple[float, float]]:
-    """(margin, noise) of each (row, position, expected, found).
+) -> list[Difference]:
+    """Each (row, position, expected, found) with its margin and noise.
 
     Args:
       whole: the reference's ids of each row, of which the last `new_tokens` are new.
@@ -174,12 +168,12 @@ def _margins(
         for dtype in ("bfloat16", "float32")
     )
     noise = np.std(rounded - exact, axis=1)
-    return [
-        (float(logits[expected] - logits[found]), float(deviation))
-        for logits, deviation, (_, _, expected, found) in zip(
-            rounded, noise, differing, strict=True
-        )
-    ]
+    found = []
+    for pair, logits, deviation in zip(differing, rounded, noise, strict=True):
+        row, position, expected, other = pair
+        margin = float(logits[expected] - logits[other])
+        found.append(Difference(row, position, expected, other, margin, float(deviation)))
+    return found
 
 
 @partial(jax.jit, static_argnums=0)

@@ -10,7 +10,8 @@ from rich.table import Table
 from jaxopt_models.bench.quality_results import device, today
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
-from jaxopt_models.report import empty_table, write_json
+from jaxopt_models.files import write_json
+from jaxopt_models.report import empty_table
 
 _PACKAGES = ("jaxopt-models", "jax", "jaxlib")
 

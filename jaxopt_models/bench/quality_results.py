@@ -13,7 +13,8 @@ from rich.table import Table
 
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
-from jaxopt_models.report import empty_table, write_json
+from jaxopt_models.files import write_json
+from jaxopt_models.report import empty_table
 from kernels_pallas.tuning import slug
 
 # What decides whether two figures compare.

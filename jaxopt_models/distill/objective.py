@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from jaxopt_models.models.transformer import logits
 _ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
 
 Kind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
-_KINDS = ("cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon")
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,8 @@ class LogitLoss:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise UserError(f"loss {self.kind!r} is unknown; choose {', '.join(_KINDS)}")
+        if self.kind not in get_args(Kind):
+            raise UserError(f"loss {self.kind!r} is unknown; choose {', '.join(get_args(Kind))}")
         if self.top_k is not None and self.kind != "forward_kl":
             raise UserError(f"top_k goes with forward_kl; {self.kind} needs all of the teacher")
 

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxopt_models.elements import E4M3, Element, Levels, Minifloat, exponent_of, power_of_two
+from jaxopt_models.elements import Element, Levels, Minifloat, exponent_of, power_of_two
 from jaxopt_models.formats import QuantSpec
 from jaxopt_models.numerics import (
     Scales,
     from_grid,
+    overall_amax,
     real_scale,
     scales_from_amax,
     tile_expand,
@@ -144,10 +145,7 @@ def _shrink(matrix: Matrix, tuned: Tuned) -> Scales:
     given, spec = matrix.scales, matrix.spec
     if tuned.shrink is None:
         return given
-    overall = None
-    if given.global_scale is not None:
-        overall = given.global_scale * spec.element.largest * E4M3.largest
-    new = scales_from_amax(tuned.shrink * _amax(matrix), spec, overall)
+    new = scales_from_amax(tuned.shrink * _amax(matrix), spec, overall_amax(given, spec))
     still = tuned.shrink == 1
     inverse = None
     if given.inverse is not None and new.inverse is not None:

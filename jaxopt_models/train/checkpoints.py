@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
+from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.train.step import TrainState
 
@@ -84,7 +85,7 @@ class Checkpoints:
           state: whose step names the checkpoint.
           metrics: what was measured of it, if it was; finite.
         """
-        step, arrays = int(state.step), _by_path(state)
+        step, arrays = int(state.step), dict(tree.arrays_with_paths(state))
         if step in self.steps:
             return
         if metrics is not None and not all(map(math.isfinite, metrics.values())):
@@ -94,7 +95,7 @@ class Checkpoints:
                 f"the best checkpoint is chosen by {self._best!r}, and measured were "
                 f"{', '.join(metrics)}; choose one of these"
             )
-        described = {path: [a.dtype.name, list(a.shape)] for path, a in arrays.items()}
+        described = {path: _described(array) for path, array in arrays.items()}
         custom: Any = {"signature": self._signature, "arrays": described}
         if jax.default_backend() == "cpu":  # where writing reads the very memory of the array
             arrays = jax.tree.map(jnp.copy, arrays)
@@ -122,7 +123,7 @@ class Checkpoints:
         step = self.steps[-1] if step is None else step
         metadata = self._checkpointer.metadata(step).custom_metadata
         assert isinstance(metadata, dict)  # `save` wrote it
-        wanted = _by_path(like)
+        wanted = dict(tree.arrays_with_paths(like))
         self._compare(step, metadata, wanted)
         abstract = {
             path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
@@ -133,18 +134,17 @@ class Checkpoints:
 
     def _compare(self, step: int, metadata: dict[str, Any], wanted: dict[str, jax.Array]) -> None:
         theirs = metadata["signature"]
-        for name in {**theirs, **self._signature}:
-            ours = self._signature.get(name)
-            if theirs.get(name) != ours:
-                raise UserError(
-                    f"{self.directory} holds a run whose {name} is {theirs.get(name)!r}, and this "
-                    f"one has {ours!r}; choose another directory, or the same settings"
-                )
+        name = first_difference(theirs, self._signature)
+        if name is not None:
+            raise UserError(
+                f"{self.directory} holds a run whose {name} is {theirs.get(name)!r}, and this one "
+                f"has {self._signature.get(name)!r}; choose another directory, or the same settings"
+            )
         known = metadata["arrays"]
         for path in {**known, **wanted}:
             found = known.get(path)
             now = wanted.get(path)
-            if now is None or found != [now.dtype.name, list(now.shape)]:
+            if now is None or found != _described(now):
                 described = "nothing" if now is None else f"{now.dtype.name}{list(now.shape)}"
                 raise UserError(
                     f"{self.directory / str(step)} holds {found} for {path!r}, and this run has "
@@ -152,6 +152,10 @@ class Checkpoints:
                 )
 
 
-def _by_path(state: TrainState) -> dict[str, jax.Array]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): array for p, array in flat}
+def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """Name of the first setting in which two runs differ."""
+    return next((name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)), None)
+
+
+def _described(array: jax.Array) -> list[Any]:
+    return [array.dtype.name, list(array.shape)]

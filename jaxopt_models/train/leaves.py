@@ -1,20 +1,18 @@
 """Quantized parameters made trainable, and trained ones quantized for good."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxopt_models import tree
-from jaxopt_models.elements import E4M3
 from jaxopt_models.errors import UserError
-from jaxopt_models.fake_tensor import FakeTensor, learned_amax
+from jaxopt_models.fake_tensor import FakeTensor, LearnedAmax, learned_amax
 from jaxopt_models.hadamard import hadamard
-from jaxopt_models.numerics import Scales
+from jaxopt_models.numerics import Scales, overall_amax
 from jaxopt_models.qtensor import Gradient, QTensor
 
 ScaleMode = Literal["dynamic", "static", "learned", "learned_untied"]
-_MODES = ("dynamic", "static", "learned", "learned_untied")
 # Of a weight and what it was quantized to: the relative distance, which is below a half for the
 # coarsest formats, and how much larger the one is than the other, in the median row and column.
 _FURTHEST, _MOST_SCALED = 0.7, 0.05
@@ -47,8 +45,8 @@ def fake_quantized(
       UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of, or
         if scales of the format cannot be learnt.
     """
-    if scales not in _MODES:
-        raise UserError(f"scales {scales!r} are unknown; choose {', '.join(_MODES)}")
+    if scales not in get_args(ScaleMode):
+        raise UserError(f"scales {scales!r} are unknown; choose {', '.join(get_args(ScaleMode))}")
     originals = {} if params is None else dict(tree.leaves_with_paths(params))
 
     def leaf(path: str, q: Any) -> Any:
@@ -92,19 +90,18 @@ def _master(path: str, weight: Any, q: QTensor) -> jax.Array:
 
 
 def _fake(path: str, master: jax.Array, q: QTensor, mode: ScaleMode, gradient: Gradient) -> Any:
-    overall = None
-    fixed = Scales(q.scale, q.global_scale, q.zero_point)
-    if mode == "dynamic" and q.global_scale is not None:
-        overall = q.global_scale * (q.spec.element.largest * E4M3.largest)
-    elif mode.startswith("learned"):
+    scales: Scales | LearnedAmax | None = q.scales
+    if mode == "dynamic":
+        scales = None
+    elif mode != "static":
         try:
-            fixed = learned_amax(fixed, q.spec, untied=mode == "learned_untied")
+            scales = learned_amax(q.scales, q.spec, untied=mode == "learned_untied")
         except UserError as error:
             raise UserError(f"{path!r}: {error}") from error
     return FakeTensor(
         master,
-        None if mode == "dynamic" else fixed,
-        overall,
+        scales,
+        overall_amax(q.scales, q.spec) if scales is None else None,
         q.pre_scale,
         q.low_rank,
         q.input,

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_text
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.train.checkpoints import Checkpoints
 from jaxopt_models.train.step import TrainState
@@ -53,9 +54,8 @@ class Log:
         if file is not None and file.exists():
             self.lines = list(_before(file, step))
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
-            temporary = file.with_name(f".{file.name}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(file)
+            if jax.process_index() == 0:
+                write_text(file, text)
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, **values}
@@ -113,7 +113,7 @@ def fit(
     begun = int(state.step)
     for number in progress(list(range(begun, pace.steps)), "training"):
         state, metrics = step(state, context, batch(number))
-        skipped = window.add(number, metrics, state.skipped)
+        skipped = window.add(metrics, state.skipped)
         if skipped >= pace.most_skipped:
             raise UserError(
                 f"{skipped} steps in a row had a loss or a gradient that is not finite, the last "
@@ -142,7 +142,7 @@ class _Window:
         self._count = 0.0
         self._seconds, self._start = 0.0, time.perf_counter()
 
-    def add(self, number: int, metrics: dict[str, jax.Array], skipped: jax.Array) -> int:
+    def add(self, metrics: dict[str, jax.Array], skipped: jax.Array) -> int:
         """How many steps in a row were skipped before this one."""
         before, self._waiting = self._waiting, (metrics, skipped + 0)  # the next step takes it over
         return self._take(before)

@@ -7,6 +7,7 @@ OUT/model/         the result, a checkpoint that `load` reads: quantized leaves,
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,19 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
+from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.report import write_json
 from jaxopt_models.sharding import make_mesh, shard
-from jaxopt_models.train.checkpoints import Checkpoints
+from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import fake_quantized, fold
-from jaxopt_models.train.loop import Log, Pace, fit
-from jaxopt_models.train.objectives import next_token_loss
+from jaxopt_models.train.loop import Log, Pace, Step, fit
+from jaxopt_models.train.objectives import Term, next_token_loss
 from jaxopt_models.train.settings import RunSettings, Technique
-from jaxopt_models.train.step import make_train_step, start
+from jaxopt_models.train.step import TrainState, make_train_step, start
 from jaxopt_models.train.trainable import combine, partition
 
 
@@ -77,22 +78,14 @@ def train(
     _check_directory(out, described, resume)
     teacher = load(settings.model)
     student = _student(technique, settings, teacher, progress)
-    config = replace(student.config, dtype=settings.dtype)
     rows = _rows(teacher, settings)
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
         student = replace(student, params=shard(student.params, mesh))
-    optimizer = settings.optimizer.transformation(settings.steps)
-    state = start(student.params, optimizer, settings.train, settings.freeze)
     terms = settings.terms(technique)
     needed = any(term.loss.needs_teacher for term in terms)
-    step = make_train_step(
-        next_token_loss(config, terms, replace(teacher.config, dtype=settings.dtype)),
-        optimizer,
-        parts=settings.parts,
-        max_norm=settings.max_norm,
-    )
+    step, state = _begun(settings, terms, teacher, student)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
@@ -125,6 +118,17 @@ def train(
     return Result(model, log.lines)
 
 
+def _begun(
+    settings: RunSettings, terms: Sequence[Term], teacher: Model, student: Model
+) -> tuple[Step, TrainState]:
+    """The step, and the state before the first one."""
+    config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
+    optimizer = settings.optimizer.transformation(settings.steps)
+    loss = next_token_loss(config, terms, taught)
+    step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
+    return step, start(student.params, optimizer, settings.train, settings.freeze)
+
+
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
     if not resume:
         if out.exists():
@@ -134,13 +138,12 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
         before = json.loads((out / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{out} holds no run to resume (it has no readable run.json)") from error
-    for name in {**before, **described}:
-        if before.get(name) != described.get(name):
-            raise UserError(
-                f"{out} is a run with {name} {before.get(name)!r}, and now it is "
-                f"{described.get(name)!r}; resume with the same settings, or choose another "
-                "directory"
-            )
+    name = first_difference(before, described)
+    if name is not None:
+        raise UserError(
+            f"{out} is a run with {name} {before.get(name)!r}, and now it is "
+            f"{described.get(name)!r}; resume with the same settings, or choose another directory"
+        )
 
 
 def _student(

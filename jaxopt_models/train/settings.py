@@ -162,10 +162,7 @@ class RunSettings(Strict):
         if not isinstance(fields, dict):
             raise UserError(f"run {file}: expected keys such as 'model', found {fields!r}")
         for assignment in overrides:
-            parent = assignment.partition("=")[0].partition(".")[0]
-            if "." in assignment.partition("=")[0]:
-                fields.setdefault(parent, {})  # settings that have defaults
-            fields = with_override(fields, assignment)
+            fields = with_override(fields, assignment, optional=cls.model_fields)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -178,8 +175,10 @@ class RunSettings(Strict):
         return QAT if technique == "qat" else QAD
 
     def check(self, technique: Technique) -> None:
-        """Raises:
-        UserError: for what does not go with a technique.
+        """Refuses settings that do not go with a technique.
+
+        Raises:
+          UserError: for the first of them.
         """
         if technique == "distill":
             if self.student is None:

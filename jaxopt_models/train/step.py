@@ -16,6 +16,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.train.trainable import combine, partition
 
@@ -82,11 +83,10 @@ def start(
       UserError: for an array to train that is narrower than float32, besides those of `partition`.
     """
     trained, frozen = partition(params, train, freeze)
-    for path, array in jax.tree_util.tree_leaves_with_path(trained):
+    for path, array in tree.arrays_with_paths(trained):
         if array.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
-                f"{name!r} is {array.dtype.name}, in which small updates vanish; cast what is "
+                f"{path!r} is {array.dtype.name}, in which small updates vanish; cast what is "
                 "trained to float32 and compute in the narrower dtype (config.dtype)"
             )
     trained, frozen = jax.tree.map(jnp.copy, (trained, frozen))
@@ -165,25 +165,32 @@ def make_train_step(
         if max_norm is not None:
             factor = jnp.minimum(1.0, max_norm / jnp.maximum(norm, max_norm))
             gradient = jax.tree.map(lambda g: g * factor, gradient)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, after = optimizer.update(gradient, state.optimizer, state.trained)
-            trained = optax.apply_updates(state.trained, updates)
-        trained, after = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (trained, after),
-            (state.trained, state.optimizer),
-        )
-        skipped = (~finite).astype(jnp.int32)
-        new = replace(
-            state,
-            step=state.step + 1,
-            trained=trained,
-            optimizer=after,
-            skipped=(state.skipped + 1) * skipped,
-            all_skipped=state.all_skipped + skipped,
-        )
         means = {"loss": sums.total / count} | {k: v / count for k, v in sums.others.items()}
         metrics = means | {"count": sums.count, "gradient_norm": norm}
-        return new, metrics | {"skipped": skipped.astype(jnp.float32)}
+        metrics |= {"skipped": (~finite).astype(jnp.float32)}
+        return _updated(optimizer, state, gradient, finite), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _updated(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Any, finite: jax.Array
+) -> TrainState:
+    """The state after a step, which counts but changes nothing unless all was finite."""
+    with jax.numpy_dtype_promotion("standard"):
+        updates, after = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+    trained, after = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (trained, after),
+        (state.trained, state.optimizer),
+    )
+    skipped = (~finite).astype(jnp.int32)
+    return replace(
+        state,
+        step=state.step + 1,
+        trained=trained,
+        optimizer=after,
+        skipped=(state.skipped + 1) * skipped,
+        all_skipped=state.all_skipped + skipped,
+    )

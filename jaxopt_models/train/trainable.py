@@ -40,8 +40,7 @@ def partition(
     Raises:
       UserError: for a pattern that matches nothing that could be trained, or if nothing is left.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in flat]
+    named, structure = tree.arrays_with_paths(params), jax.tree.structure(params)
     fields = {
         path + field
         for path, leaf in tree.leaves_with_paths(params)
@@ -49,7 +48,7 @@ def partition(
     }
     able = [
         path
-        for path, (_, array) in zip(paths, flat, strict=True)
+        for path, array in named
         if tree.matches(path, fields) and jnp.issubdtype(array.dtype, jnp.floating)
     ]
     for pattern in (*train, *freeze):
@@ -61,7 +60,6 @@ def partition(
     chosen = {p for p in able if tree.matches(p, train) and not tree.matches(p, freeze)}
     if not chosen:
         raise UserError(f"nothing is trained: {', '.join(freeze)} freezes all of it")
-    named = list(zip(paths, (array for _, array in flat), strict=True))
     trained = [array if path in chosen else None for path, array in named]
     frozen = [None if path in chosen else array for path, array in named]
     return jax.tree.unflatten(structure, trained), jax.tree.unflatten(structure, frozen)

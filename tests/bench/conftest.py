@@ -5,9 +5,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
@@ -27,13 +24,8 @@ CONFIG = ModelConfig.from_hf(
 
 
 @pytest.fixture(scope="session")
-def tiny_model() -> Model:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    return Model(CONFIG, init(CONFIG, jax.random.key(0), jnp.float32), tokenizer, "tiny")
+def tiny_model(byte_tokenizer) -> Model:
+    return Model(CONFIG, init(CONFIG, jax.random.key(0), jnp.float32), byte_tokenizer, "tiny")
 
 
 # An interpreter that, whatever script it is to run, answers for three peers of which one crashes.

@@ -4,22 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import CONFIG, quantized
 
 import jaxopt_models as jom
-from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
-
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "tie_word_embeddings": True,
-    }
-)
 
 
 @pytest.fixture(scope="session")
@@ -37,11 +25,7 @@ def tiny_params():
 
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny_params):
-    def leaf(path, weight):
-        inside = tree.is_decoder_matrix(path, weight)
-        return jom.quantize_array(weight, "nvfp4") if inside else weight
-
-    return tree.map_with_path(leaf, tiny_params)
+    return quantized(tiny_params)
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,26 @@
-"""A run that is killed from outside at its step 7: python killed_run.py DIR STEP_TO_DIE"""
+"""A run that kills itself at a step: python killed_run.py DIR STEP_TO_DIE"""
 
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny
 
 import jaxopt_models as jom
-from jaxopt_models import tree
 from jaxopt_models.data import PackedBatches
-from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.train.checkpoints import Checkpoints
 from jaxopt_models.train.leaves import fake_quantized
 from jaxopt_models.train.loop import Log, Pace, fit
 from jaxopt_models.train.objectives import next_token_loss
 from jaxopt_models.train.step import make_train_step, start
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "tie_word_embeddings": True,
-    }
-)
+CONFIG = replace(tiny.CONFIG, vocab_size=32)
 STEPS = 10
 
 
@@ -38,12 +28,8 @@ def run(directory: Path, dies_at: int | None = None) -> tuple[list[dict], object
     """Goes on with what is there; (lines of the log, trained arrays)."""
     params = jom.init(CONFIG, jax.random.key(0))
 
-    def leaf(path, weight):
-        inside = tree.is_decoder_matrix(path, weight)
-        return jom.quantize_array(weight, "nvfp4") if inside else weight
-
     optimizer = optax.adamw(1e-3)
-    state = start(fake_quantized(params, tree.map_with_path(leaf, params)), optimizer)
+    state = start(fake_quantized(params, tiny.quantized(params)), optimizer)
     rows = np.random.default_rng(0).integers(0, 32, (7, 12)).astype(np.int32)
     batches = PackedBatches(rows, batch_size=3, seed=5)
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from tiny import CONFIG
 
 import jaxopt_models as jom
 from jaxopt_models import tree
@@ -13,21 +15,9 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.formats import resolve
 from jaxopt_models.hadamard import hadamard
-from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.qtensor import InputQuantizer, QTensor, quantize_array
 from jaxopt_models.train.leaves import fake_quantized, fold
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "model_type": "llama",
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "tie_word_embeddings": True,
-    }
-)
 TOKENS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6)
 
 
@@ -36,22 +26,13 @@ def params():
     return jom.init(CONFIG, jax.random.key(0))
 
 
-def _quantized(params, format="nvfp4", **extra):
-    def leaf(path, weight):
-        if not tree.is_decoder_matrix(path, weight):
-            return weight
-        return replace(quantize_array(weight, format), **extra)
-
-    return tree.map_with_path(leaf, params)
-
-
 def _logits(params):
     return jax.jit(jom.forward, static_argnums=0)(CONFIG, params, TOKENS)
 
 
 @pytest.mark.parametrize("scales", ["dynamic", "static", "learned", "learned_untied"])
 def test_training_begins_at_the_quantized_model_and_ends_at_one(params, scales):
-    quantized = _quantized(params)
+    quantized = tiny.quantized(params)
     fakes = fake_quantized(params, quantized, scales)
     np.testing.assert_allclose(_logits(fakes), _logits(quantized), atol=2e-2)
     moved = jax.tree.map(lambda x: x * 1.01 if x.dtype == jnp.float32 else x, fakes)
@@ -94,13 +75,13 @@ def test_input_steps_are_kept(params):
 
 def test_masters_are_float32(params):
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    fakes = fake_quantized(half, _quantized(half))
+    fakes = fake_quantized(half, tiny.quantized(half))
     assert fakes["layers"][1]["mlp"]["up_proj"]["weight"].weight.dtype == jnp.float32
     assert fold(fakes)["layers"][1]["mlp"]["up_proj"]["weight"].dtype == "bfloat16"
 
 
 def test_a_checkpoint_holds_them(params, tmp_path):
-    fakes = fake_quantized(params, _quantized(params), "learned_untied", "clip")
+    fakes = fake_quantized(params, tiny.quantized(params), "learned_untied", "clip")
     jom.save(tmp_path / "fakes", CONFIG, fakes)
     loaded = jom.load(tmp_path / "fakes").params
     assert jax.tree.structure(loaded) == jax.tree.structure(fakes)
@@ -112,23 +93,23 @@ def test_what_is_refused(params):
     with pytest.raises(UserError, match="no tensor is quantized"):
         fake_quantized(params, params)
     with pytest.raises(UserError, match="scales 'fixed' are unknown; choose dynamic, static"):
-        fake_quantized(params, _quantized(params), "fixed")  # pyright: ignore[reportArgumentType]
+        fake_quantized(params, tiny.quantized(params), "fixed")  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"'layers/0/mlp/down_proj/weight': the scales of 'mxfp4'"):
-        fake_quantized(params, _quantized(params, "mxfp4"), "learned")
+        fake_quantized(params, tiny.quantized(params, "mxfp4"), "learned")
     other = jom.init(CONFIG, jax.random.key(1))
     with pytest.raises(UserError, match=r"down_proj/weight' is not what was quantized: they are 1"):
-        fake_quantized(other, _quantized(params))
+        fake_quantized(other, tiny.quantized(params))
     # As if factors had moved into the norm before.
     factors = jnp.exp(0.2 * jax.random.normal(jax.random.key(2), (32,)))
     path = "layers/0/mlp/up_proj/weight"
     scaled = {path: params["layers"][0]["mlp"]["up_proj"]["weight"] * factors[None]}
-    quantized = _quantized(tree.replace(params, scaled))
+    quantized = tiny.quantized(tree.replace(params, scaled))
     with pytest.raises(UserError, match=r"up_proj/weight' is not .* columns scaled by 1"):
         fake_quantized(params, quantized)
     begun = fake_quantized(None, quantized, "static")
     assert _logits(begun).tobytes() == _logits(quantized).tobytes()
     with pytest.raises(UserError, match="needed is the float array"):
-        fake_quantized(_quantized(params), _quantized(params))
+        fake_quantized(tiny.quantized(params), tiny.quantized(params))
     smaller = {**params, "layers": params["layers"][:1]}
     with pytest.raises(UserError, match="no tensor 'layers/1/mlp/down_proj/weight'"):
-        fake_quantized(smaller, _quantized(params))
+        fake_quantized(smaller, tiny.quantized(params))

@@ -7,9 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 import yaml
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
 
 import jaxopt_models as jom
 from jaxopt_models import cli, data, tree
@@ -50,16 +47,11 @@ def _model(layers: int, dtype=jnp.bfloat16):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory, byte_tokenizer):
     """Directories of a model of two layers and one of the first of them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     folder = tmp_path_factory.mktemp("models")
     for name, layers in (("two", 2), ("one", 1)):
-        jom.save(folder / name, *_model(layers), tokenizer)
+        jom.save(folder / name, *_model(layers), byte_tokenizer)
     return folder
 
 

@@ -159,10 +159,7 @@ def test_adapters_learn_beside_frozen_codes(tiny_config, tiny_params, tiny_quant
 
 def test_what_is_frozen_stays(tiny_config, fakes, tokens):
     state = start(fakes, SGD, train=("*_proj/*",), freeze=("layers/0/*",))
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(state.trained)
-    ]
+    paths = [path for path, _ in tree.arrays_with_paths(state.trained)]
     assert paths and all(p.startswith("layers/1/") and p.endswith("/weight/weight") for p in paths)
     frozen = jax.tree.map(jnp.copy, state.frozen)
     state, _ = make_train_step(next_token_loss(tiny_config, QAT), SGD)(
