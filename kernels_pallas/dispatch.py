@@ -14,7 +14,7 @@ from jax import lax
 
 from kernels_pallas import reference, tuning
 from kernels_pallas.batching import rows_together
-from kernels_pallas.decode_tiling import MOST_ROWS, Tiling, default_tiling, padded_rows
+from kernels_pallas.decode_tiling import MOST_ROWS, Tiling, default_tiling, sizes_of
 from kernels_pallas.four_bit import BLOCK_ROWS, ROWS, STEP, FourBit
 from kernels_pallas.hopper import hopper_processors
 from kernels_pallas.partition import Sharing, partitioned, whole_pieces
@@ -97,9 +97,9 @@ def _kernel_for(x: jax.Array, weight: FourBit) -> Callable[[jax.Array, FourBit],
     tiles, columns = weight.tiles, weight.columns
     product = weight.kind, len(x), *weight.shape, jax.devices()[0].device_kind
     if len(x) <= MOST_ROWS:
-        sizes = padded_rows(len(x)), tiles, columns
-        tiling = tuning.find(Tiling, "w4a16_decode", *product, lambda t: t.fits(*sizes))
-        tiling = tiling or default_tiling(*sizes, processors)
+        sizes = sizes_of(len(x), weight)
+        tiling = tuning.find(Tiling, "w4a16_decode", *product, lambda t: t.fits(sizes))
+        tiling = tiling or default_tiling(sizes, processors)
         if tiling is not None:
             return partial(w4a16_decode, tiling=tiling, processors=processors)
     tiling = tuning.find(WideTiling, "w4a16_wide", *product, lambda t: t.fits(tiles, columns))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
@@ -75,13 +76,52 @@ class Fragments:
     def load(self, ref: Any, layout: Any) -> jax.Array:
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout, optimized=False)
 
-    def store(self, ref: Any, value: jax.Array, rows: int, stride: int) -> None:
-        """Writes the first rows of `outputs` to global memory [rows, 16], `stride` entries apart.
+    def zeros(self) -> jax.Array:
+        """`sums` to begin with."""
+        zeros = jnp.zeros((self.rows, 64), jnp.float32)
+        return zeros if self.interpret else plgpu.layout_cast(zeros, self.sums)
+
+    def chosen(self, new: jax.Array, old: jax.Array, row: Any, spread: int) -> jax.Array:
+        """New `sums` in that row of every `spread`, old ones in the others."""
+        rows = lax.broadcasted_iota(jnp.int32, (self.rows, 64), 0)
+        if not self.interpret:
+            rows = plgpu.layout_cast(rows, self.sums)
+        return jnp.where(rows % spread == row, new, old)
+
+    def added_rows(self, sums: jax.Array, spread: int) -> jax.Array:
+        """`sums` of 8 rows: in each row the sum of the `spread` that it belongs to."""
+        if self.interpret:
+            return jnp.repeat(sums.reshape(-1, spread, 64).sum(1), spread, axis=0)
+
+        @plgpu.inline_mgpu(
+            arg_types=(self.sums,),
+            return_type=plgpu.ShapeDtypeStruct((self.rows, 64), jnp.float32, self.sums),
+        )
+        def added(_, sums):
+            registers = [ptx.parts(register, 2) for register in sums.registers.reshape(-1)]
+            distance = 1
+            while distance < spread:  # a row is four lanes
+                registers = [[ptx.plus_of(v, 4 * distance) for v in pair] for pair in registers]
+                distance *= 2
+            whole = [ptx.packed(pair, ir.F32Type.get()) for pair in registers]
+            return array(whole, self.sums, (self.rows, 64))
+
+        return added(sums)  # pyright: ignore[reportCallIssue]: the context is inserted
+
+    def store(self, ref: Any, value: jax.Array, stride: int, rows: int, spread: int = 1) -> None:
+        """Writes `outputs` to global memory [rows, 16], `stride` entries apart.
 
         By hand, since Mosaic GPU refuses stores that leave a cache line incomplete.
+
+        Args:
+          ref: where to.
+          value: every row, or the same in `spread` of them.
+          stride: entries from a row in memory to the next.
+          rows: that are written.
+          spread: rows of `value` to one in memory, a power of two.
         """
         if self.interpret:
-            ref[...] = value
+            ref[...] = value[::spread]
             return
         itemsize = value.dtype.itemsize
 
@@ -94,6 +134,9 @@ class Fragments:
                 ptx.times(arith.andi(warp, ptx.i32(1)), 4), arith.shrui(lane, ptx.i32(3))
             )
             column = ptx.times(arith.andi(lane, ptx.i32(7)), 2)
+            if spread > 1:
+                copy = arith.ori(copy, arith.andi(row, ptx.i32(spread - 1)))
+                row = arith.divui(row, ptx.i32(spread))
             first = ptx.plus(ptx.times(row, stride), column)
             for block, pair in enumerate(value.registers.reshape(-1)):
                 place = ptx.times(ptx.plus(first, ptx.i32(8 * block * stride)), itemsize)

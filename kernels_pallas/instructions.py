@@ -90,6 +90,11 @@ def fma(value, factor, addend):
     return llvm.inline_asm(f32, [value, factor, addend], "fma.rn.f32 $0,$1,$2,$3;", "=f,f,f,f")
 
 
+def plus_of(value, distance: int):
+    """A float32 plus that of the lane whose number differs in the bit `distance`."""
+    return arith.addf(value, mgpu.utils.shfl_bfly(value, distance))
+
+
 def halves(word) -> list[Any]:
     """Two bfloat16 as float32."""
     f32 = ir.F32Type.get()

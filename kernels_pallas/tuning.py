@@ -1,6 +1,7 @@
 """Tilings that were fastest where somebody timed them: the user's own, then those shipped.
 
-A tiling is looked up by device, operation, format, N, K and the bucket of M. The user's file,
+A tiling is looked up by device, operation, format, N, K and the bucket of M; up to 8 rows the entry
+for the next larger bucket will do, if there is one. The user's file,
 `tilings_<device>.json` in `$JAXOPT_MODELS_CACHE`, `$XDG_CACHE_HOME/jaxopt-models` or
 `~/.cache/jaxopt-models`, comes before `tilings/<device>.json` beside this module. Without an entry
 in either, a kernel's default estimate has to do. One entry is one line:
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 _SHIPPED = Path(__file__).with_name("tilings")
-_LEAST, _MOST = 8, 16384
+_MOST = 16384
+_FEW = (2, 4, 8)  # buckets whose entries will do for fewer rows
 
 
 @dataclass(frozen=True, order=True)
@@ -43,8 +46,8 @@ class Problem:
 
 
 def bucket(m: int) -> int:
-    """The power of two, from 8 to 16384, that stands for `m` rows: the next one, or the last."""
-    return min(max(_LEAST, 1 << (m - 1).bit_length()), _MOST)
+    """The power of two to 16384 that stands for `m` rows: the next one, or the last."""
+    return min(1 << (m - 1).bit_length(), _MOST)
 
 
 def find[T](
@@ -76,8 +79,10 @@ def find[T](
     Raises:
       ValueError: for a file that cannot be read, or an entry that the kernel no longer takes.
     """
-    problem = Problem(operation, kind, bucket(m), n, k)
-    for path in (cache_file(device), shipped_file(device)):
+    first = bucket(m)
+    buckets = [first, *(larger for larger in _FEW if larger > first)]
+    problems = [Problem(operation, kind, one, n, k) for one in buckets]
+    for path, problem in product((cache_file(device), shipped_file(device)), problems):
         fields = _load(path).get(problem)
         if fields is None:
             continue
@@ -159,7 +164,7 @@ def _entry(line: dict[str, Any]) -> tuple[Problem, dict[str, int]]:
     if any(type(number) not in (int, bool) for number in numbers):
         raise ValueError(f"{line} has a size that is no integer")
     if problem.m != bucket(problem.m):
-        raise ValueError(f"{line} has an m that is no power of two from {_LEAST} to {_MOST}")
+        raise ValueError(f"{line} has an m that is no power of two to {_MOST}")
     return problem, fields
 
 

@@ -8,6 +8,10 @@ A CTA holds `wn · wk` warpgroups: `wn` tiles of 16 weight rows, and for each `w
 walks over every (number of CTAs)-th group of tiles. The parts of a tile are added in shared memory,
 in a fixed order, by one of its warpgroups, each in its turn, while the others go on. With
 `split` > 1 CTAs share K as well, and the sum over them is left to XLA.
+
+Up to 4 activations are folded (`Sizes`). A step of the weight then has its activations in one row
+of several, and the sums of the others are left as they were; at the end of a tile the rows are
+added.
 """
 
 from dataclasses import dataclass
@@ -20,7 +24,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.decode_tiling import MOST_ROWS, PADDED, Tiling, default_tiling, padded_rows
+from kernels_pallas.decode_tiling import (
+    MOST_ROWS,
+    PADDED,
+    Sizes,
+    Tiling,
+    default_tiling,
+    sizes_of,
+)
 from kernels_pallas.four_bit import ROWS, SCALE_WORDS, STEP, FourBit, Kind
 from kernels_pallas.fragments import Fragments
 from kernels_pallas.hopper import rounded, tiled_memory
@@ -54,17 +65,20 @@ def w4a16_decode(
         raise ValueError(f"x is {x.dtype}{x.shape}; needed is bfloat16 [M, {weight.shape[1]}]")
     if not 0 < x.shape[0] <= MOST_ROWS:
         raise ValueError(f"x has {x.shape[0]} rows; this kernel takes 1 to {MOST_ROWS}")
-    rows, tiles, columns = padded_rows(len(x)), weight.tiles, weight.columns
-    tiling = tiling or default_tiling(rows, tiles, columns, processors)
-    if tiling is None or not tiling.fits(rows, tiles, columns):
-        raise ValueError(f"{tiling or 'no tiling'} fits {tiles} x 16 rows, {columns} columns")
+    sizes = sizes_of(len(x), weight)
+    tiling = tiling or default_tiling(sizes, processors)
+    if tiling is None or not tiling.fits(sizes):
+        what = f"{weight.tiles} x 16 rows, {weight.columns} columns"
+        raise ValueError(f"{tiling or 'no tiling'} fits {what}")
     (m, k), n = x.shape, weight.shape[0]
+    plan = _Plan(sizes, weight.kind, tiling, processors, interpret)
     # The hardware reads zeros outside of x, and rows of no use are not written.
-    height, width = (rows, columns) if interpret else (rounded(m, 8), rounded(k, 64))
-    x = jnp.pad(x, ((0, height - m), (0, width - k)))
-    plan = _Plan(
-        rows, rows if interpret else m, tiles, columns, weight.kind, tiling, processors, interpret
-    )
+    x = x.reshape(m * sizes.folds, k // sizes.folds)
+    rows, columns = x.shape
+    height, width = rounded(rows, 8), rounded(columns, 64)
+    if interpret:
+        height, width = plan.rows, sizes.width
+    x = jnp.pad(x, ((0, height - rows), (0, width - columns)))
     sums = _kernel(plan)(x, weight.codes, weight.scales, weight.factor)
     out = sums[0] if tiling.split == 1 else jnp.sum(sums, axis=0).astype(x.dtype)
     return out[:m, :n]
@@ -72,16 +86,17 @@ def w4a16_decode(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Sizes of one product: `out_rows` of `rows` are written."""
+    """One product: what it multiplies, and how it is cut."""
 
-    rows: int
-    out_rows: int
-    tiles: int
-    columns: int
+    sizes: Sizes
     kind: Kind
     tiling: Tiling
     processors: int
     interpret: bool
+
+    @property
+    def rows(self) -> int:
+        return self.sizes.rows
 
     @property
     def fragments(self) -> Fragments:
@@ -89,17 +104,26 @@ class _Plan:
 
     @property
     def steps(self) -> int:
-        return self.tiling.steps(self.columns)
+        return self.tiling.steps(self.sizes.columns)
+
+    @property
+    def folded(self) -> bool:
+        return self.sizes.folds > 1
+
+    @property
+    def owners(self) -> int:
+        """Parts of the activations in shared memory: of each part of K its own, or one for all."""
+        return 1 if self.folded else self.tiling.wk
 
     @property
     def pieces(self) -> int:
-        """Of 128 columns of activations, for a warpgroup."""
-        return 4 * self.steps
+        """Of 128 columns, in each of those parts."""
+        return self.sizes.width // 128 if self.folded else 4 * self.steps
 
     @property
     def groups(self) -> int:
         """Of tiles, `wn` each."""
-        return self.tiles // self.tiling.wn
+        return self.sizes.tiles // self.tiling.wn
 
     @property
     def ctas(self) -> int:
@@ -113,7 +137,8 @@ class _Plan:
     @property
     def out(self) -> jax.ShapeDtypeStruct:
         dtype = jnp.bfloat16 if self.tiling.split == 1 else jnp.float32
-        return jax.ShapeDtypeStruct((self.tiling.split, self.out_rows, ROWS * self.tiles), dtype)
+        rows = self.rows // self.sizes.spread if self.interpret else self.sizes.m
+        return jax.ShapeDtypeStruct((self.tiling.split, rows, ROWS * self.sizes.tiles), dtype)
 
     def turns(self) -> Any:
         return (self.groups - lax.axis_index("cta") + self.ctas - 1) // self.ctas
@@ -122,6 +147,28 @@ class _Plan:
         """(of `wn` tiles, of `wk` parts of K) of this warpgroup."""
         me = lax.axis_index("warpgroup")
         return me // self.tiling.wk, lax.rem(me, self.tiling.wk)
+
+    def owner(self) -> Any:
+        """Which part of the activations this warpgroup needs."""
+        return 0 if self.folded else self.place()[1]
+
+    def place_in_k(self, step: int) -> Any:
+        """Which step of the weight's whole K a warpgroup's step is."""
+        part = lax.axis_index("part") if self.tiling.split > 1 else 0
+        mine = self.place()[1] if self.tiling.wk > 1 else 0
+        return (part * self.tiling.wk + mine) * self.steps + step
+
+    def activations(self, step: int) -> tuple[Any, Any]:
+        """(row among `spread`, place in shared memory) of those that a step multiplies."""
+        if self.folded:
+            place, each = self.place_in_k(step), self.sizes.width // STEP
+            return place // each, place % each
+        return 0, self.owner() * self.steps + step
+
+    @property
+    def one_place(self) -> bool:
+        """Whether that place is the same for all, so that registers can keep it."""
+        return self.folded and self.sizes.width == STEP
 
     def tile(self, turn: Any) -> Any:
         group = lax.axis_index("cta") + turn * self.ctas
@@ -148,9 +195,9 @@ def _kernel(plan: _Plan):
         lambda *refs: _all_tiles(plan, _Refs(*refs)),
         out_type=plan.out,
         scratch_types=(
-            tiled_memory((wk * plan.pieces, plan.rows, 128), jnp.bfloat16),
+            tiled_memory((plan.owners * plan.pieces, plan.rows, 128), jnp.bfloat16),
             plgpu.SMEM((wn * wk, wk, plan.rows, PADDED), jnp.float32),
-            plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=wk),
+            plgpu.Barrier(num_arrivals=plan.pieces, num_barriers=plan.owners),
             plgpu.Barrier(num_arrivals=wk, num_barriers=wn * wk),
             plgpu.Barrier(num_arrivals=1, num_barriers=wn * wk),
         ),
@@ -167,14 +214,15 @@ def _kernel(plan: _Plan):
 
 
 def _all_tiles(plan: _Plan, refs: _Refs) -> None:
-    my_part, turns = plan.place()[1], plan.turns()
+    turns = plan.turns()
     loaded = tuple(_fetch(plan, refs, *divmod(step, plan.steps)) for step in range(plan.depth))
     _copy_activations(plan, refs)
-    plgpu.barrier_wait(refs.ready.at[my_part])
+    plgpu.barrier_wait(refs.ready.at[plan.owner()])
+    held = _load_activations(plan, refs, 0) if plan.one_place else None
 
     def one_tile(turn, loaded, left=None):
         """`left`: tiles that follow, None for enough."""
-        sums, loaded = _one_tile(plan, refs, turn, list(loaded), left)
+        sums, loaded = _one_tile(plan, refs, turn, list(loaded), left, held)
         _hand_over(plan, refs, turn, sums)
         return loaded
 
@@ -191,8 +239,7 @@ def _all_tiles(plan: _Plan, refs: _Refs) -> None:
 
 def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, jax.Array]:
     """Loads codes and scales of a step."""
-    part, (_, my_part) = lax.axis_index("part"), plan.place()
-    place = (part * plan.tiling.wk + my_part) * plan.steps + step
+    place = plan.place_in_k(step)
     words = 4 * SCALE_WORDS[plan.kind]
     codes = refs.codes.at[plan.tile(turn), pl.ds(place * 2 * STEP, 2 * STEP)]
     scales = refs.scales.at[plan.tile(turn), pl.ds(place * words, words)]
@@ -200,40 +247,49 @@ def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, j
 
 
 def _copy_activations(plan: _Plan, refs: _Refs) -> None:
-    """Warpgroups with the same part of K share the work."""
-    part, (my_tile, my_part) = lax.axis_index("part"), plan.place()
-    wn, wk = plan.tiling.wn, plan.tiling.wk
+    """Warpgroups that need the same part share the work."""
+    owner, sharing = plan.owner(), plan.tiling.wn * plan.tiling.wk // plan.owners
+    mine = lax.axis_index("warpgroup") if plan.folded else plan.place()[0]
+    part = 0 if plan.folded else lax.axis_index("part")
 
     def one_piece(i, _):
-        piece = i * wn + my_tile
+        piece = i * sharing + mine
 
         @pl.when(piece < plan.pieces)
         def _():
-            place = my_part * plan.pieces + piece
-            columns = pl.ds((part * wk * plan.pieces + place) * 128, 128)
+            place = owner * plan.pieces + piece
+            columns = pl.ds((part * plan.owners * plan.pieces + place) * 128, 128)
             # Traced, since only such a slice may go beyond the array.
             first = lax.min(piece, 0) * plan.rows
             source = refs.x.at[pl.ds(first, plan.rows), columns]
-            plgpu.copy_gmem_to_smem(source, refs.activations.at[place], refs.ready.at[my_part])
+            plgpu.copy_gmem_to_smem(source, refs.activations.at[place], refs.ready.at[owner])
 
-    lax.fori_loop(0, -(-plan.pieces // wn), one_piece, None)
+    lax.fori_loop(0, -(-plan.pieces // sharing), one_piece, None)
 
 
-def _one_tile(plan: _Plan, refs: _Refs, turn: Any, loaded: list[Any], left: int | None) -> Any:
+def _one_tile(
+    plan: _Plan, refs: _Refs, turn: Any, loaded: list[Any], left: int | None, held: Any
+) -> Any:
     """(sums of this warpgroup's part, what is loaded ahead)."""
-    fragments, (_, my_part) = plan.fragments, plan.place()
-    sums = jnp.zeros((plan.rows, 64), jnp.float32)
-    if not plan.interpret:
-        sums = plgpu.layout_cast(sums, fragments.sums)
+    fragments = plan.fragments
+    sums = fragments.zeros()
     for step in range(plan.steps):
         further, ahead = divmod(step + plan.depth, plan.steps)
         if left is None or further <= left:
             loaded.append(_fetch(plan, refs, turn + further, ahead))
-        place = (my_part * plan.steps + step) * 4
-        x = fragments.load(refs.activations.at[pl.ds(place, 4)], fragments.activations)
+        fold, place = plan.activations(step)
+        x = _load_activations(plan, refs, place) if held is None else held
         codes, scales = loaded.pop(0)
-        sums = fragments.multiply(sums, codes, scales, x)
+        after = fragments.multiply(sums, codes, scales, x)
+        sums = fragments.chosen(after, sums, fold, plan.sizes.spread) if plan.folded else after
+    if plan.folded:
+        sums = fragments.added_rows(sums, plan.sizes.spread)
     return sums, tuple(loaded)
+
+
+def _load_activations(plan: _Plan, refs: _Refs, place: Any) -> jax.Array:
+    own = refs.activations.at[pl.ds(4 * place, 4)]
+    return plan.fragments.load(own, plan.fragments.activations)
 
 
 def _hand_over(plan: _Plan, refs: _Refs, turn: Any, sums: jax.Array) -> None:
@@ -256,7 +312,7 @@ def _hand_over(plan: _Plan, refs: _Refs, turn: Any, sums: jax.Array) -> None:
         tile = plan.tile(turn)
         total = (total * refs.factor[tile]).astype(refs.out.dtype)
         place = refs.out.at[lax.axis_index("part"), :, pl.ds(tile * ROWS, ROWS)]
-        fragments.store(place, total, plan.out_rows, ROWS * plan.tiles)
+        fragments.store(place, total, ROWS * plan.sizes.tiles, plan.sizes.m, plan.sizes.spread)
 
 
 def _buffer(plan: _Plan, turn: Any) -> Any:

@@ -25,7 +25,7 @@ from kernels_pallas.decode_tiling import (
     MOST_ROWS,
     Tiling,
     default_tiling,
-    padded_rows,
+    sizes_of,
     tilings,
 )
 from kernels_pallas.eight_bit import BLOCK, code_dtype
@@ -111,10 +111,6 @@ def four_bit(key: jax.Array, kind: str, n: int, k: int) -> FourBit:
     return pack_mxfp4(codes, jax.random.randint(second, (n, k // 32), -8, 8))
 
 
-def _decoded(m: int, weight: FourBit) -> tuple[int, int, int]:
-    return padded_rows(m), *_wide(weight)
-
-
 def _wide(weight: FourBit) -> tuple[int, int]:
     return weight.tiles, weight.columns
 
@@ -132,8 +128,8 @@ _W4A16_DECODE = Operation(
     ),
     tiling=Tiling,
     reference=reference.w4a16,
-    default=lambda m, weight, processors: default_tiling(*_decoded(m, weight), processors),
-    candidates=lambda m, weight: tilings(*_decoded(m, weight)),
+    default=lambda m, weight, processors: default_tiling(sizes_of(m, weight), processors),
+    candidates=lambda m, weight: tilings(sizes_of(m, weight)),
 )
 
 _W4A16_WIDE = replace(

@@ -25,6 +25,7 @@ class KernelResults:
 
     Attributes:
       ceilings: `{read_tb_s, bf16_tflops, fp8_tflops, int8_tops}`.
+      least_us: time of a kernel that does next to nothing, the least ever measured; None before.
       rows: see `bench_kernels`.
       failures: `{op, kernel, format, M, K, N, reason}`, a row for each product that was not timed.
       peers: `{python, versions, device, skipped}` of the last run.
@@ -38,6 +39,7 @@ class KernelResults:
         """
         self.file = file
         self.ceilings: dict[str, float] = {}
+        self.least_us: float | None = None
         self.rows: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.peers: dict[str, Any] = {}
@@ -49,6 +51,7 @@ class KernelResults:
             before = json.loads(file.read_text(encoding="utf-8"))
             self.ceilings, self.rows = before["ceilings"], before["rows"]
             self.failures, where = before["failures"], before["device"]
+            self.least_us = before.get("least_us")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{file} exists and holds no results of this bench; choose another --json"
@@ -62,6 +65,10 @@ class KernelResults:
         """Takes in rates that are higher than those known."""
         for name, value in measured.items():
             self.ceilings[name] = max(value, self.ceilings.get(name, 0.0))
+
+    def lower_least(self, us: float) -> None:
+        """Takes in a time that is less than the one known."""
+        self.least_us = us if self.least_us is None else min(us, self.least_us)
 
     def add(self, row: dict[str, Any]) -> dict[str, Any]:
         """Saves a row, beside what is known of peers: of the row whose place it takes."""
@@ -106,6 +113,7 @@ class KernelResults:
             row |= fractions(row, self.ceilings)
         return {
             "ceilings": self.ceilings,
+            "least_us": self.least_us,
             "rows": self.rows,
             "failures": self.failures,
             "device": device(),

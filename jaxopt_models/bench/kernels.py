@@ -87,10 +87,10 @@ def bench_kernels(
       say: is told each row and whatever goes wrong.
 
     Returns:
-      `{ceilings, rows, failures, device, versions, peers, date}`, a row `{op, kernel, format, M, K,
-      N, us, read_fraction, flop_fraction, bf16_us, best_peer, best_peer_us, weight_bytes, rate,
-      tiling, peers}` for each product. `bf16_us` is XLA's; peers are those with the row's format,
-      and torch in bfloat16.
+      `{ceilings, least_us, rows, failures, device, versions, peers, date}`, a row `{op, kernel,
+      format, M, K, N, us, read_fraction, flop_fraction, bf16_us, best_peer, best_peer_us,
+      weight_bytes, rate, tiling, peers}` for each product. `bf16_us` is XLA's; peers are those with
+      the row's format, and torch in bfloat16.
 
     Raises:
       UserError: without a Hopper GPU, for a format or M that no kernel takes, or, once everything
@@ -111,7 +111,7 @@ def bench_kernels(
             run.results.peers = {"skipped": "not asked for"}
         else:
             theirs = _started(stack, jobs, peer_python, peers, until, say)
-        _measure_ceilings(run, theirs)
+        _measure_ceilings(run, processors, theirs)
         _ours(run, timed, problems, _baselines(run, problems))
         _beside(run, theirs, problems)
     run.results.save()
@@ -152,14 +152,15 @@ def _started(stack: ExitStack, count: int, *options: Any) -> list[Peers]:
     return [first, *(stack.enter_context(Peers(*options)) for _ in range(more))]
 
 
-def _measure_ceilings(run: _Run, theirs: Sequence[Peers]) -> None:
+def _measure_ceilings(run: _Run, processors: int, theirs: Sequence[Peers]) -> None:
     with alone():
         run.results.raise_ceilings(kernel_timing.ceilings(run.say))
+        run.results.lower_least(kernel_timing.least_microseconds(processors))
         for one in theirs[:1]:
             run.results.raise_ceilings(one.ceilings())
     run.results.save()
     ceilings = ", ".join(f"{name} {value:.4g}" for name, value in run.results.ceilings.items())
-    run.say(f"ceilings: {ceilings}")
+    run.say(f"ceilings: {ceilings}; no kernel takes less than {run.results.least_us:.2f} us")
 
 
 def _baselines(run: _Run, problems: Sequence[Problem]) -> dict[tuple[int, int, int], float]:

@@ -61,22 +61,53 @@ def block(
     Returns:
       (residual stream after the layer, cache, taps by name).
     """
+    x, update, cache, taps = deferred_block(
+        config, layer, x, None, positions, cache, kind=kind, wanted=wanted
+    )
+    return x + update, cache, taps
+
+
+@partial(jax.jit, static_argnames=("config", "kind", "wanted"))
+def deferred_block(
+    config: ModelConfig,
+    layer: Mapping[str, Any],
+    x: jax.Array,
+    update: jax.Array | None,
+    positions: jax.Array,
+    cache: LayerCache | None = None,
+    *,
+    kind: AttentionKind,
+    wanted: frozenset[str] | None = frozenset(),
+) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """`block` on a residual stream whose last addition is left to whoever reads it.
+
+    That is a norm, which adds in passing; a kernel for the addition alone costs as much.
+
+    Args:
+      x, update: the residual stream is their sum, or `x` where there is no update; [B, T, D].
+
+    Returns:
+      (x, update, cache, taps by name).
+    """
     save = Recorder(wanted)
-    save("input", x)
     norm, add_norm = partial(_norm, config, layer, save), partial(_add_norm, config, layer, save)
 
-    attended, cache = _attention(
-        config, layer["self_attn"], norm("input_layernorm", x), positions, cache, kind, save
-    )
+    if update is None:
+        normed = norm("input_layernorm", x)
+    else:
+        x, normed = add_norm("input_layernorm", x, update)
+    save("input", x)
+    attended, cache = _attention(config, layer["self_attn"], normed, positions, cache, kind, save)
     if config.sandwich_norm:
-        x = x + norm("post_attention_layernorm", attended)
-        fed = _feed_forward(config, layer["mlp"], norm("pre_feedforward_layernorm", x), save)
-        x = x + norm("post_feedforward_layernorm", fed)
+        attended = norm("post_attention_layernorm", attended)
+        x, normed = add_norm("pre_feedforward_layernorm", x, attended)
+        fed = _feed_forward(config, layer["mlp"], normed, save)
+        update = norm("post_feedforward_layernorm", fed)
     else:
         x, normed = add_norm("post_attention_layernorm", x, attended)
-        x = x + _feed_forward(config, layer["mlp"], normed, save)
-    save("output", x)
-    return x, cache, save.values
+        update = _feed_forward(config, layer["mlp"], normed, save)
+    save("output", x + update)
+    return x, update, cache, save.values
 
 
 def _norm(config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, x: jax.Array):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
-from jaxopt_models.models.block import block
+from jaxopt_models.models.block import block, deferred_block
 from jaxopt_models.models.cache import KVCache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.ops import embed, linear
-from kernels_pallas import rms_norm
+from kernels_pallas import add_rms_norm, rms_norm
 
 _NO_TAPS: frozenset[str] = frozenset()
 
@@ -184,9 +184,11 @@ def prefill(
     Returns:
       (float32 [B, V] logits after each prompt's last token, cache).
     """
-    x, cache = _cached(config, params, tokens, positions_of(tokens), cache)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
-    return logits(config, params, final_norm(config, params, last))[:, 0], cache
+    stream, cache = _cached(config, params, tokens, positions_of(tokens), cache)
+    last = jax.tree.map(
+        lambda part: jnp.take_along_axis(part, (lengths - 1)[:, None, None], axis=1), stream
+    )
+    return logits(config, params, final_norm(config, params, *last))[:, 0], cache
 
 
 def decode_step(
@@ -203,8 +205,8 @@ def decode_step(
     Returns:
       (float32 [B, N, V] logits after each token, cache).
     """
-    x, cache = _cached(config, params, tokens, positions, cache)
-    return logits(config, params, final_norm(config, params, x)), cache
+    stream, cache = _cached(config, params, tokens, positions, cache)
+    return logits(config, params, final_norm(config, params, *stream)), cache
 
 
 def embed_tokens(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
@@ -213,9 +215,12 @@ def embed_tokens(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Arr
     return x if config.embed_scale == 1.0 else x * jnp.asarray(config.embed_scale, config.dtype)
 
 
-def final_norm(config: ModelConfig, params: Any, x: jax.Array) -> jax.Array:
-    """The norm before the output head."""
-    return rms_norm(x, params["norm"]["weight"], config.rms_norm_eps, config.unit_offset_norm)
+def final_norm(
+    config: ModelConfig, params: Any, x: jax.Array, update: jax.Array | None = None
+) -> jax.Array:
+    """The norm before the output head, of `x`, or of `x + update`."""
+    weight = params["norm"]["weight"], config.rms_norm_eps, config.unit_offset_norm
+    return rms_norm(x, *weight) if update is None else add_rms_norm(x, update, *weight)[1]
 
 
 def logits(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
@@ -234,12 +239,13 @@ def output_head(params: Any) -> dict[str, Any]:
 
 def _cached(
     config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    x, layers = embed_tokens(config, params, tokens), []
+) -> tuple[tuple[jax.Array, jax.Array | None], KVCache]:
+    """((x, update), whose sum is the residual stream behind the layers; cache)."""
+    x, update, entries = embed_tokens(config, params, tokens), None, []
     for kind, layer, entry in zip(config.attention_kinds, params["layers"], cache, strict=True):
-        x, entry, _ = block(config, layer, x, positions, entry, kind=kind)
-        layers.append(entry)
-    return x, tuple(layers)
+        x, update, entry, _ = deferred_block(config, layer, x, update, positions, entry, kind=kind)
+        entries.append(entry)
+    return (x, update), tuple(entries)
 
 
 def positions_of(x: jax.Array) -> jax.Array:

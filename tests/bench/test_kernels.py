@@ -19,7 +19,7 @@ from jaxopt_models.bench.kernel_results import best_peer, kernel_table
 from jaxopt_models.bench.kernels import bench_kernels
 from jaxopt_models.errors import UserError
 from kernels_pallas import reference, tuning
-from kernels_pallas.decode_tiling import Tiling, default_tiling, tilings
+from kernels_pallas.decode_tiling import Sizes, Tiling, default_tiling, tilings
 
 CEILINGS = {"read_tb_s": 3.0, "bf16_tflops": 700.0}
 SHAPE = (64, 1024)
@@ -52,6 +52,7 @@ def timed(monkeypatch, tmp_path):
     for module in (kernel_timing, kernel_products):
         monkeypatch.setattr(module, "measured", measured)
     monkeypatch.setattr(kernel_timing, "ceilings", lambda say: dict(CEILINGS))
+    monkeypatch.setattr(kernel_timing, "least_microseconds", lambda processors: 1.5)
     monkeypatch.setattr(kernel_timing, "L2", 2**14)
     monkeypatch.setattr(jax, "devices", lambda: [H100()])
     monkeypatch.setenv("JAXOPT_MODELS_CACHE", str(tmp_path / "cache"))
@@ -76,7 +77,7 @@ def test_a_row_for_each_product(timed, tmp_path):
     out = tmp_path / "out.json"
     result = bench_kernels([SHAPE], [1, 16], ["int4", "mxfp4"], out=out)
     assert json.loads(out.read_text()) == result and result["device"] == "1 x an H100"
-    assert result["ceilings"] == CEILINGS
+    assert result["ceilings"] == CEILINGS and result["least_us"] == 1.5
     assert [(row["format"], row["M"]) for row in result["rows"]] == [
         ("int4", 1), ("int4", 16), ("mxfp4", 1), ("mxfp4", 16)
     ]  # fmt: skip
@@ -86,7 +87,7 @@ def test_a_row_for_each_product(timed, tmp_path):
     limit = (64 * 1024 * 4.125 / 8 + 16) / 3e12 * 1e6  # codes, scales and the tiles' factors
     assert first["read_fraction"] == pytest.approx(limit / 13)
     assert first["flop_fraction"] == pytest.approx(2 * 64 * 1024 / 700e12 * 1e6 / 13)
-    assert first["tiling"] == vars(default_tiling(8, 4, 1024, 132))
+    assert first["tiling"] == vars(default_tiling(Sizes(1, 4, 1024, folds=2), 132))
     assert first["best_peer"] is None and first["best_peer_us"] is None
     assert all(size >= 4 * 2**14 for *_, size in timed)
 
@@ -133,28 +134,29 @@ def test_tuning_keeps_and_remembers_the_fastest(timed, tmp_path):
     assert result["rows"][0]["us"] == 12  # the first after the baseline
     assert len(timed) == 1 + 8
     (line,) = json.loads(table.read_text())
-    assert line["tiling"] == result["rows"][0]["tiling"] and line["m"] == 8
+    assert line["tiling"] == result["rows"][0]["tiling"] and line["m"] == 4
     bench_kernels([SHAPE], [3], ["nvfp4"], tune=Tuning(exhaustive=True))
     assert len(timed) > 2 * (1 + 8)
 
 
 def test_a_remembered_tiling_is_what_is_timed(timed):
     own = Tiling(1, 2, depth=1)
-    assert own != default_tiling(8, 4, 1024, 132)
+    assert own != default_tiling(Sizes(3, 4, 1024, folds=2), 132)
     problem = tuning.Problem("w4a16_decode", "int4", 8, *SHAPE)
     tuning.remember({problem: asdict(own)}, tuning.cache_file("an H100"))
     found = bench_kernels([SHAPE], [2, 16], ["int4"])["rows"]
     assert found[0]["tiling"] == asdict(own)
-    assert found[1]["tiling"] == vars(default_tiling(16, 4, 1024, 132))
+    assert found[1]["tiling"] == vars(default_tiling(Sizes(16, 4, 1024), 132))
 
 
 def test_the_nearest_tilings_come_first():
     default = Tiling(2, 2)
-    found = nearest(default, tilings(8, 256, 4096), 4)
+    sizes = Sizes(8, 256, 4096)
+    found = nearest(default, tilings(sizes), 4)
     assert found[0] == default and default not in found[1:]
     near = [abs(t.wn - 2) + abs(t.wk - 2) + abs(t.split - 1) for t in found[1:]]
     assert near == [1, 1, 1]
-    assert len(nearest(default, tilings(8, 256, 4096), None)) == len(set(tilings(8, 256, 4096)))
+    assert len(nearest(default, tilings(sizes), None)) == len(set(tilings(sizes)))
 
 
 def test_a_product_that_fails_does_not_lose_the_others(timed, monkeypatch, tmp_path):
@@ -217,10 +219,12 @@ def test_a_file_is_gone_on_with(timed, monkeypatch, tmp_path):
     out = tmp_path / "out.json"
     first = bench_kernels([SHAPE], [1, 4], ["int4"], out=out)["rows"][0]
     monkeypatch.setattr(kernel_timing, "ceilings", lambda say: CEILINGS | {"read_tb_s": 6.0})
+    monkeypatch.setattr(kernel_timing, "least_microseconds", lambda processors: 1.25)
     rows = bench_kernels([SHAPE], [4], ["int4"], out=out)["rows"]
     assert [(row["M"], row["us"]) for row in rows] == [(1, 13), (4, 16)]
     limit = first["weight_bytes"] / 6e12 * 1e6
     assert [row["read_fraction"] for row in rows] == pytest.approx([limit / 13, limit / 16])
+    assert json.loads(out.read_text())["least_us"] == 1.25
     other = json.loads(out.read_text()) | {"device": "1 x an abacus"}
     out.write_text(json.dumps(other))
     with pytest.raises(UserError, match="figures of 1 x an abacus, and this is 1 x an H100"):

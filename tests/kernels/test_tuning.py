@@ -6,11 +6,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from kernels_pallas import tuning
+from kernels_pallas import pack_int4, tuning
+from kernels_pallas.decode_tiling import Tiling, sizes_of
 from kernels_pallas.tuning import Problem, bucket, cache_file, find, remember, shipped_file
-from kernels_pallas.w4a16_decode import Tiling, padded_rows
 
 DEVICE = "NVIDIA H100 80GB HBM3"
 SIZES = ("op", "int4", 5, 4096, 1024, DEVICE)
@@ -35,7 +37,7 @@ def folders(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("m", "expected"),
-    [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (2048, 2048), (2049, 4096), (10**6, 16384)],
+    [(1, 1), (3, 4), (8, 8), (9, 16), (17, 32), (2048, 2048), (2049, 4096), (10**6, 16384)],
 )
 def test_buckets(m, expected):
     assert bucket(m) == expected
@@ -51,12 +53,21 @@ def test_the_users_entry_comes_before_the_shipped_one():
 
 def test_only_the_same_problem_is_found():
     remember({PROBLEM: {"wide": 2}}, cache_file(DEVICE))
-    assert find(Cut, "op", "int4", 1, 4096, 1024, DEVICE) == Cut(2)  # of the same bucket
+    assert find(Cut, "op", "int4", 8, 4096, 1024, DEVICE) == Cut(2)  # of the same bucket
     assert find(Cut, "op", "int4", 9, 4096, 1024, DEVICE) is None
     assert find(Cut, "op", "nvfp4", 5, 4096, 1024, DEVICE) is None
     assert find(Cut, "other", "int4", 5, 4096, 1024, DEVICE) is None
     assert find(Cut, "op", "int4", 5, 1024, 4096, DEVICE) is None
     assert find(Cut, "op", "int4", 5, 4096, 1024, "NVIDIA H200") is None
+
+
+def test_few_rows_take_the_next_larger_entry():
+    remember({PROBLEM: {"wide": 2}}, cache_file(DEVICE))
+    remember({Problem("op", "int4", 2, 4096, 1024): {"wide": 3}}, cache_file(DEVICE))
+    found = {m: find(Cut, "op", "int4", m, 4096, 1024, DEVICE) for m in (1, 2, 3, 8)}
+    assert found == {1: Cut(3), 2: Cut(3), 3: Cut(2), 8: Cut(2)}
+    remember({Problem("op", "int4", 16, 64, 512): {"wide": 3}}, cache_file(DEVICE))
+    assert find(Cut, "op", "int4", 8, 64, 512, DEVICE) is None
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
@@ -139,6 +150,6 @@ def test_what_is_shipped_fits(file):
     decode = {p: f for p, f in tuning._read(file).items() if p.operation == "w4a16_decode"}
     assert decode and tuning.slug(file.stem) == file.stem
     for problem, fields in decode.items():
-        columns = -(-problem.k // 512) * 512
-        tiles = -(-problem.n // 16)
-        assert Tiling(**fields).fits(padded_rows(problem.m), tiles, columns), problem
+        codes = jax.ShapeDtypeStruct((problem.n, problem.k), jnp.int8)
+        weight = jax.eval_shape(lambda codes: pack_int4(codes, codes[:, ::128]), codes)
+        assert Tiling(**fields).fits(sizes_of(problem.m, weight)), problem
