@@ -98,8 +98,10 @@ def brute_force(config, path: str, leaf: Any, rows: np.ndarray, monkeypatch) -> 
         with monkeypatch.context() as patch:
             for module in modules:
                 patch.setattr(module, original.__name__, patched)
-            # Without its own jit, weights keep their identity within the one around it all.
+            # Without their own jit, weights keep their identity within the one around it all.
             patch.setattr(transformer, "block", inspect.unwrap(transformer.block))
+            deferred = inspect.unwrap(transformer.deferred_block)
+            patch.setattr(import_module("jaxopt_models.models.block"), "deferred_block", deferred)
             log_p = jax.nn.log_softmax(forward(config, params(config), jnp.asarray(rows)))
         targets = jnp.asarray(rows)[:, 1:, None]
         return -jnp.sum(jnp.take_along_axis(log_p[:, :-1], targets, axis=2))
