@@ -7,8 +7,9 @@ Measuring (calibration, evaluation) follows one protocol, so that figures compar
    expects a beginning-of-sequence id sees it first, followed by `L - 1` ids;
 3. the windows are grouped, in order, into batches of at most `B` (`batches`).
 
-Training packs documents end to end into rows (`pack`) and draws shuffled rows (`PackedBatches`).
-Whatever reads tokens takes `int32` arrays `[B, T]`; nothing here pads, so every id counts.
+Training packs documents end to end into rows (`pack`; `documents` keeps them apart) and draws
+shuffled rows (`PackedBatches`). Whatever reads tokens takes `int32` arrays `[B, T]`; nothing here
+pads, so every id counts.
 """
 
 import functools
@@ -189,25 +190,25 @@ class PackedBatches:
     anew from `(seed, epoch)`.
 
     Attributes:
-      rows: int32 `[N, T]`, from `pack` or `windows`.
+      rows: int32 `[N, T]`, from `pack` or `windows`, or the arrays of `documents.pack_documents`.
       batch_size: B; may exceed N.
       seed: at least 0.
     """
 
-    rows: np.ndarray
+    rows: Any
     batch_size: int
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_batch_size(self.batch_size)
 
-    def batch(self, step: int) -> np.ndarray:
-        """Batch number `step`, counted from 0: int32 `[B, T]`."""
-        count, start = len(self.rows), step * self.batch_size
+    def batch(self, step: int) -> Any:
+        """Batch number `step`, counted from 0: `[B, T]` of each array."""
+        count, start = len(jax.tree.leaves(self.rows)[0]), step * self.batch_size
         first, last = start // count, (start + self.batch_size - 1) // count
         epochs = [_epoch_order(self.seed, epoch, count) for epoch in range(first, last + 1)]
-        order = np.concatenate(epochs)[start - first * count :]
-        return self.rows[order[: self.batch_size]]
+        order = np.concatenate(epochs)[start - first * count :][: self.batch_size]
+        return jax.tree.map(lambda rows: rows[order], self.rows)
 
 
 def global_batch(batch: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
@@ -240,8 +241,12 @@ def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def _read_hub(source: str, split: Split) -> str:
-    """The `text` column of a dataset, its rows joined by blank lines."""
+def read_dataset(source: str, split: Split) -> Any:
+    """A Hugging Face dataset; see `load_text`.
+
+    Raises:
+      UserError: it cannot be loaded; the message names it.
+    """
     import datasets  # slow to import, and needed for this source alone
     from datasets.exceptions import DatasetsError
 
@@ -255,6 +260,12 @@ def _read_hub(source: str, split: Split) -> str:
             f"cannot load the dataset {source} (split {part}): {reason}; check the name and the "
             "network, or name a text file."
         ) from error
+    return rows
+
+
+def _read_hub(source: str, split: Split) -> str:
+    """The `text` column of a dataset, its rows joined by blank lines."""
+    rows = read_dataset(source, split)
     if "text" not in rows.column_names:
         raise UserError(
             f"the dataset {source} has no text column, only {', '.join(rows.column_names)}; "

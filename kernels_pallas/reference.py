@@ -23,6 +23,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention, `softmax(scale · q kᵀ + mask) v`, scores in float32.
 
@@ -36,6 +37,7 @@ def attention(
       scale: factor on q·k.
       window: number of keys a query sees, itself included; None is unlimited.
       softcap: c of `c · tanh(scores / c)`; None is off.
+      starts: int32 [B, T], the first position that a query sees; None is all.
 
     Returns:
       [B, T, H, d] in the dtype of `query`.
@@ -53,6 +55,8 @@ def attention(
         scores = softcap * jnp.tanh(scores / softcap)
     q, k = jnp.tile(query_positions, (1, sharing))[:, :, None], key_positions[:, None, :]
     visible = k <= q if window is None else (k <= q) & (k > q - window)
+    if starts is not None:
+        visible &= k >= jnp.tile(starts, (1, sharing))[:, :, None]
     scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)

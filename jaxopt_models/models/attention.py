@@ -99,8 +99,9 @@ def self_attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    starts: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention in whole sequences: key i is that of query i, and positions are consecutive.
+    """Attention in whole sequences: key i is that of query i.
 
     A chunk of queries is multiplied only with keys that one of its queries sees: with four chunks
     that is 5/8 of all scores, and less under a window.
@@ -109,6 +110,8 @@ def self_attend(
       query: [B, T, H, d].
       key, value: [B, G, T, d], H a multiple of G.
       scale, window, softcap: as in `cached_attend`.
+      starts: int32 [B, T], where the document of each token begins in its row; no other is seen.
+        None is one document a row.
 
     Returns:
       [B, T, H, d] in the dtype of `query`.
@@ -121,7 +124,8 @@ def self_attend(
         seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)
         rows, keys, values = query[:, part], key[:, :, seen], value[:, :, seen]
         at, keys_at = positions[:, part], positions[:, seen]
-        return reference.attention(rows, keys, values, at, keys_at, **options)
+        own = None if starts is None else starts[:, part]
+        return reference.attention(rows, keys, values, at, keys_at, starts=own, **options)
 
     return _in_chunks(length, min(_QUERY_CHUNK, max(_LEAST_CHUNK, -(-length // 4))), chunk)
 

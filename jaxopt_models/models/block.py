@@ -43,6 +43,7 @@ def block(
     *,
     kind: AttentionKind,
     wanted: frozenset[str] | None = frozenset(),
+    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
     """Attention and feed-forward with residual connections.
 
@@ -52,17 +53,18 @@ def block(
     Args:
       layer: weights of this layer.
       x: residual stream, [B, T, D].
-      positions: int32 [B, T]; consecutive in each row where there is no cache.
+      positions: int32 [B, T]; consecutive in each document where there is no cache.
       cache: keys and values of earlier positions, to which this call's are appended; None attends
         among the given positions only.
       kind: "full" or "sliding" attention; static.
       wanted: names of the taps to return, relative to the layer; static, None is all.
+      starts: where there is no cache, see `attention.self_attend`.
 
     Returns:
       (residual stream after the layer, cache, taps by name).
     """
     x, update, cache, taps = deferred_block(
-        config, layer, x, None, positions, cache, kind=kind, wanted=wanted
+        config, layer, x, None, positions, cache, kind=kind, wanted=wanted, starts=starts
     )
     return x + update, cache, taps
 
@@ -78,6 +80,7 @@ def deferred_block(
     *,
     kind: AttentionKind,
     wanted: frozenset[str] | None = frozenset(),
+    starts: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
     """`block` on a residual stream whose last addition is left to whoever reads it.
 
@@ -97,7 +100,9 @@ def deferred_block(
     else:
         x, normed = add_norm("input_layernorm", x, update)
     save("input", x)
-    attended, cache = _attention(config, layer["self_attn"], normed, positions, cache, kind, save)
+    attended, cache = _attention(
+        config, layer["self_attn"], normed, positions, cache, kind, save, starts
+    )
     if config.sandwich_norm:
         attended = norm("post_attention_layernorm", attended)
         x, normed = add_norm("pre_feedforward_layernorm", x, attended)
@@ -144,6 +149,7 @@ def _attention(
     cache: LayerCache | None,
     kind: AttentionKind,
     save: Save,
+    starts: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache | None]:
     batch, length, _ = x.shape
     save = _inside(save, "self_attn")
@@ -176,7 +182,7 @@ def _attention(
         key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
         if quantizer is not None:
             key, value = quantizer.key(key), quantizer.value(value)
-        mixed = self_attend(query, key, value, **scores)
+        mixed = self_attend(query, key, value, starts=starts, **scores)
     else:
         if quantizer is not None:
             cache = cache.append(key, value, positions, quantizer)

@@ -114,11 +114,23 @@ def forward(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     return logits(config, params, hidden_states(config, params, tokens))
 
 
-def hidden_states(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
-    """What the output head reads: the residual stream after the final norm, [B, T, D]."""
+def hidden_states(
+    config: ModelConfig, params: Any, tokens: jax.Array, starts: jax.Array | None = None
+) -> jax.Array:
+    """What the output head reads: the residual stream after the final norm, [B, T, D].
+
+    Args:
+      config: static architecture.
+      params: parameter tree.
+      tokens: int32 [B, T].
+      starts: int32 [B, T], where in its row the document of each token begins: each is processed as
+        if it stood alone. None is one document a row.
+    """
     x, positions = embed_tokens(config, params, tokens), positions_of(tokens)
+    if starts is not None:
+        positions = positions - starts
     for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
-        x, _, _ = block(config, layer, x, positions, kind=kind)
+        x, _, _ = block(config, layer, x, positions, kind=kind, starts=starts)
     return final_norm(config, params, x)
 
 

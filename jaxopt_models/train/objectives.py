@@ -11,7 +11,7 @@ from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import hidden_states, output_head
+from jaxopt_models.models.transformer import hidden_states, output_head, positions_of
 from jaxopt_models.train.step import Loss, Sums
 
 Schedule = Callable[[Any], Any]
@@ -46,8 +46,9 @@ def next_token_loss(
     Returns:
       (params, context, batch, step) -> `Sums`. The context is the teacher's parameters, or None.
       The batch has "tokens" int32 [B, T]; "mask" [B, T], 1 for tokens to learn, if not all of them;
-      and "teacher", a `TopK` of [B, T, k], in place of the context. The sum of each kind of loss is
-      among the others, by its name.
+      "starts" int32 [B, T], where in its row the document of each token begins, if there are
+      several, whose first tokens are not learnt; and "teacher", a `TopK` of [B, T, k], in place of
+      the context. The sum of each kind of loss is among the others, by its name.
 
     Raises:
       UserError: for no terms, or two of one name.
@@ -58,12 +59,14 @@ def next_token_loss(
     losses = tuple(term.loss for term in terms)
 
     def loss(params: Any, context: Any, batch: Any, step: jax.Array) -> Sums:
-        tokens = batch["tokens"]
+        tokens, starts = batch["tokens"], batch.get("starts")
         mask = batch.get("mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
-        student = _predictor(config, params, tokens)
+        if starts is not None:
+            mask *= (positions_of(tokens) > starts).astype(jnp.float32)
+        student = _predictor(config, params, tokens, starts)
         known: Predictor | TopK | None = batch.get("teacher")
         if known is None and context is not None and any(one.needs_teacher for one in losses):
-            known = jax.lax.stop_gradient(_predictor(teacher or config, context, tokens))
+            known = jax.lax.stop_gradient(_predictor(teacher or config, context, tokens, starts))
         weights = jnp.stack([term.weight_at(step) for term in terms])
         total, sums = summed_losses(losses, weights, student, known, tokens, mask)
         count = jnp.sum(mask[:, 1:])
@@ -72,8 +75,10 @@ def next_token_loss(
     return loss
 
 
-def _predictor(config: ModelConfig, params: Any, tokens: jax.Array) -> Predictor:
-    return Predictor(output_head(params), hidden_states(config, params, tokens), config)
+def _predictor(
+    config: ModelConfig, params: Any, tokens: jax.Array, starts: jax.Array | None
+) -> Predictor:
+    return Predictor(output_head(params), hidden_states(config, params, tokens, starts), config)
 
 
 def _name(loss: LogitLoss) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
@@ -198,24 +199,26 @@ def _compute(teacher: Model, settings: RunSettings) -> Any:
     return tree.map_with_path(cast, teacher.params)
 
 
-def _rows(model: Model, settings: RunSettings) -> np.ndarray:
+def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+    tokenizer = data.tokenizer_of(model)
+    if settings.packing == "documents":
+        return pack_documents(
+            read_documents(settings.text, tokenizer, settings.learn), settings.length
+        )
     text = data.load_text(settings.text, "calibration")
-    return data.pack([data.tokenize(data.tokenizer_of(model), text)], settings.length)
+    return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
 
 
-def _batches(rows: np.ndarray, settings: RunSettings, mesh: Any) -> Any:
+def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any) -> Any:
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
+    spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
 
-    def batch(number: int) -> dict[str, jax.Array]:
-        own = stream.batch(number)
+    def placed(own: np.ndarray) -> jax.Array:
         if settings.parts > 1:
             own = own.reshape(settings.parts, -1, own.shape[1])
-        if mesh is None:
-            return {"tokens": jnp.asarray(own)}
-        spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
-        return {"tokens": data.global_batch(own, mesh, spec)}
+        return jnp.asarray(own) if mesh is None else data.global_batch(own, mesh, spec)
 
-    return batch
+    return lambda number: jax.tree.map(placed, stream.batch(number))
 
 
 def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:

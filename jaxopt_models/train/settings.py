@@ -4,6 +4,8 @@
     recipe: nvfp4               # qat, qad: what it is quantized to, a preset or a file
     student: pruned/            # distill: who learns from the model
     text: builtin               # or a file, or hf:NAME
+    packing: stream             # or documents, of which each attends to itself only
+    learn: all                  # or assistant, in conversations
     length: 512
     batch: 8                    # rows of a step, in `parts` parts
     steps: 400
@@ -23,6 +25,7 @@ import yaml
 from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from jaxopt_models.distill.objective import Kind, LogitLoss
+from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
 from jaxopt_models.qtensor import Gradient
 from jaxopt_models.settings import Strict, explain, first_line, with_override
@@ -107,6 +110,7 @@ class RunSettings(Strict):
     Attributes:
       scales, gradient: see `leaves.fake_quantized`.
       begin: masters are the "original" weights, or the values that they were "quantized" to.
+      packing: of rows: the text as one "stream", or its "documents", see `documents`.
       parts: of a batch, whose gradients are accumulated.
       train, freeze: see `trainable.partition`.
       dtype: of computation; what is trained is float32.
@@ -122,6 +126,8 @@ class RunSettings(Strict):
     begin: Literal["original", "quantized"] = "original"
     calibration: Calibration = Calibration()
     text: str = "builtin"
+    packing: Literal["stream", "documents"] = "stream"
+    learn: Learn = "all"
     length: StrictInt = Field(default=512, ge=2)
     batch: StrictInt = Field(default=8, ge=1)
     parts: StrictInt = Field(default=1, ge=1)
@@ -191,5 +197,7 @@ class RunSettings(Strict):
             raise UserError(f"{technique} trains the model itself; a 'student' goes with distill")
         if technique == "qad" and not any(t.loss.needs_teacher for t in self.terms(technique)):
             raise UserError("none of the losses reads the teacher; choose qat, or another loss")
+        if self.learn == "assistant" and self.packing != "documents":
+            raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:
             raise UserError(f"a batch of {self.batch} rows has no {self.parts} equal parts")

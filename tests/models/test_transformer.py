@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxopt_models.models.transformer import (
     decode_step,
     forward,
     forward_with_taps,
+    hidden_states,
     init,
     prefill,
 )
@@ -82,6 +84,22 @@ def test_a_cache_changes_nothing(golden, name):
         np.testing.assert_allclose(single[row], after, atol=2e-5)
         np.testing.assert_allclose(together[row], after, atol=2e-5)
     np.testing.assert_allclose(whole, plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_sliding", "gemma3", "qwen3_moe"])
+@pytest.mark.parametrize("least", [128, 4])
+def test_documents_of_a_row_see_themselves_only(golden, monkeypatch, name, least):
+    """In every chunk of queries, under windows and for experts."""
+    monkeypatch.setattr(attention, "_LEAST_CHUNK", least)
+    model, tokens = golden(name), _tokens(4, 2, 16)
+    cuts = ((0, 5, 16), (0, 9, 16))  # of each row
+    starts = jnp.asarray([[b * (i >= b) for i in range(16)] for _, b, _ in cuts], jnp.int32)
+    found = jax.jit(hidden_states, static_argnums=0)(model.config, model.params, tokens, starts)
+    for row, own in enumerate(cuts):
+        for first, last in pairwise(own):
+            alone = tokens[row : row + 1, first:last]
+            expected = hidden_states(model.config, model.params, alone)
+            np.testing.assert_allclose(found[row, first:last], expected[0], atol=2e-5)
 
 
 def test_appending_writes_each_row_at_its_slots_and_drops_what_is_past_the_end():

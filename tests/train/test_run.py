@@ -14,7 +14,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.qtensor import QTensor
 from jaxopt_models.train.leaves import fake_quantized, fold
-from jaxopt_models.train.run import _wide, train
+from jaxopt_models.train.run import _rows, _wide, train
 from jaxopt_models.train.settings import Optimizer, RunSettings
 
 SMALL = {
@@ -76,6 +76,29 @@ def test_qad_ends_with_the_model_that_was_measured(models, tmp_path):
     assert lines == result.log and [line["step"] for line in lines] == [2, 4, 6, 6]
     assert {"loss", "forward_kl", "gradient_norm", "tokens_per_second"} <= lines[0].keys()
     assert json.loads((tmp_path / "out/run.json").read_text())["recipe"] == "nvfp4_weight_only"
+
+
+def test_documents_and_what_the_assistant_says(models, tmp_path):
+    talk = [{"role": "user", "content": "count"}, {"role": "assistant", "content": "one two three"}]
+    text = tmp_path / "talks.jsonl"
+    text.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(4)))
+    tokenizer = jom.load(models / "two").tokenizer
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}!{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    jom.save(tmp_path / "chat", *_model(2), tokenizer)
+    settings = {"recipe": "nvfp4_weight_only", "text": str(text), "packing": "documents"}
+    settings |= {"model": str(tmp_path / "chat"), "length": 48, "learn": "assistant"}
+    rows = _rows(jom.load(tmp_path / "chat"), _settings(models, **settings))
+    pairs = zip(rows["tokens"], rows["mask"], strict=True)
+    assert [tokenizer.decode(own[mask]) for own, mask in pairs] == ["one two three!"] * 4
+    for more in ({}, {"parts": 2, "mesh": {"data": 2}}):
+        out = tmp_path / f"out{len(more)}"
+        result = train("qad", _settings(models, **settings, **more), out)
+        assert result.log[0]["forward_kl"] > 0
+    with pytest.raises(UserError, match="learning what the assistant says needs packing"):
+        train("qad", _settings(models, recipe="fp8", learn="assistant"), tmp_path / "other")
 
 
 def test_qat_of_a_calibrated_recipe(models, tmp_path):

@@ -1,6 +1,7 @@
 """A step of training: what it averages, guards and leaves alone."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,30 @@ def test_parts_are_one_batch(tiny_config, tiny_params, fakes, tokens):
         np.testing.assert_allclose(a, b, atol=1e-6)
     expected = found["forward_kl"] + 0.5 * found["cross_entropy"]
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+
+
+def test_documents_in_one_row_are_learnt_as_if_alone(tiny_config, tiny_params, fakes, tokens):
+    """In rows of their own, the first token of each, and what is behind the last, are no loss."""
+    cuts = (0, 5, 12)
+    at = jnp.arange(16)
+    starts = sum((jnp.where(at >= cut, cut - before, 0) for before, cut in pairwise(cuts)), 0 * at)
+    packed = {"tokens": tokens, "starts": jnp.broadcast_to(starts, tokens.shape)}
+    packed["mask"] = jnp.broadcast_to(at < 14, tokens.shape)
+    alone = jnp.concatenate(
+        [jnp.pad(tokens[:, a:b], ((0, 0), (0, 16 - b + a))) for a, b in pairwise((*cuts, 14))]
+    )
+    lengths = jnp.repeat(jnp.array([5, 7, 2]), len(tokens))
+    separate = {"tokens": alone, "mask": at[None] < lengths[:, None]}
+    loss = next_token_loss(tiny_config, (*QAD, Term(LogitLoss("cross_entropy"), 0.5)))
+    step = make_train_step(loss, SGD)
+    (one, found), (other, expected) = (
+        step(start(fakes, SGD), tiny_params, batch) for batch in (packed, separate)
+    )
+    assert found["count"] == expected["count"] == 8 * (4 + 6 + 1)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.trained), jax.tree.leaves(other.trained), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_a_long_gradient_is_shortened(tiny_config, fakes, tokens):
