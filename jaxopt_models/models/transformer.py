@@ -10,8 +10,9 @@ Parameters are nested dicts with Hugging Face's names; linear weights are [N, K]
                       or {router, experts: {gate_proj, up_proj, down_proj} stacked [E, N, K]}}
 """
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,15 @@ from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import block, deferred_block
 from jaxopt_models.models.cache import KVCache
-from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.ops import embed, linear
 from kernels_pallas import add_rms_norm, rms_norm
 
 _NO_TAPS: frozenset[str] = frozenset()
+
+# What gradients find of a layer: all of its activations; its input and its products with weights
+# (attention and what is between them is computed again); or its input alone.
+Remat = Literal["none", "products", "layers"]
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
@@ -115,7 +120,11 @@ def forward(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
 
 
 def hidden_states(
-    config: ModelConfig, params: Any, tokens: jax.Array, starts: jax.Array | None = None
+    config: ModelConfig,
+    params: Any,
+    tokens: jax.Array,
+    starts: jax.Array | None = None,
+    remat: Remat = "none",
 ) -> jax.Array:
     """What the output head reads: the residual stream after the final norm, [B, T, D].
 
@@ -125,13 +134,27 @@ def hidden_states(
       tokens: int32 [B, T].
       starts: int32 [B, T], where in its row the document of each token begins: each is processed as
         if it stood alone. None is one document a row.
+      remat: what is computed again for gradients, static; see `Remat`.
     """
     x, positions = embed_tokens(config, params, tokens), positions_of(tokens)
     if starts is not None:
         positions = positions - starts
+
+    def one(kind: AttentionKind, layer: Any, x: jax.Array) -> jax.Array:
+        return block(config, layer, x, positions, kind=kind, starts=starts)[0]
+
     for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
-        x, _, _ = block(config, layer, x, positions, kind=kind, starts=starts)
+        x = _rematerialized(partial(one, kind), remat)(layer, x)
     return final_norm(config, params, x)
+
+
+def _rematerialized[**P, T](function: Callable[P, T], remat: Remat) -> Callable[P, T]:
+    if remat == "none":
+        return function
+    policies = jax.checkpoint_policies
+    products = policies.dots_with_no_batch_dims_saveable
+    policy = products if remat == "products" else policies.nothing_saveable
+    return jax.checkpoint(function, policy=policy)
 
 
 def forward_with_taps(

@@ -11,7 +11,7 @@ from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import hidden_states, output_head, positions_of
+from jaxopt_models.models.transformer import Remat, hidden_states, output_head, positions_of
 from jaxopt_models.train.step import Loss, Sums
 
 Schedule = Callable[[Any], Any]
@@ -34,7 +34,10 @@ QAD = (Term(LogitLoss("forward_kl")),)
 
 
 def next_token_loss(
-    config: ModelConfig, terms: Sequence[Term] = QAD, teacher: ModelConfig | None = None
+    config: ModelConfig,
+    terms: Sequence[Term] = QAD,
+    teacher: ModelConfig | None = None,
+    remat: Remat = "none",
 ) -> Loss:
     """The loss of a model that predicts each token, for `make_train_step`.
 
@@ -42,6 +45,7 @@ def next_token_loss(
       config: of the model that is trained; its dtype is the one that is computed in.
       terms: what is summed; `QAT` is cross-entropy alone, `QAD` the divergence from the teacher.
       teacher: the teacher's architecture; None is the same.
+      remat: what of each layer is computed again for gradients.
 
     Returns:
       (params, context, batch, step) -> `Sums`. The context is the teacher's parameters, or None.
@@ -63,7 +67,7 @@ def next_token_loss(
         mask = batch.get("mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
         if starts is not None:
             mask *= (positions_of(tokens) > starts).astype(jnp.float32)
-        student = _predictor(config, params, tokens, starts)
+        student = _predictor(config, params, tokens, starts, remat)
         known: Predictor | TopK | None = batch.get("teacher")
         if known is None and context is not None and any(one.needs_teacher for one in losses):
             known = jax.lax.stop_gradient(_predictor(teacher or config, context, tokens, starts))
@@ -76,9 +80,14 @@ def next_token_loss(
 
 
 def _predictor(
-    config: ModelConfig, params: Any, tokens: jax.Array, starts: jax.Array | None
+    config: ModelConfig,
+    params: Any,
+    tokens: jax.Array,
+    starts: jax.Array | None,
+    remat: Remat = "none",
 ) -> Predictor:
-    return Predictor(output_head(params), hidden_states(config, params, tokens, starts), config)
+    hidden = hidden_states(config, params, tokens, starts, remat)
+    return Predictor(output_head(params), hidden, config)
 
 
 def _name(loss: LogitLoss) -> str:

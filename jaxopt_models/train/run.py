@@ -125,7 +125,7 @@ def _begun(
     """The step, and the state before the first one."""
     config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
     optimizer = settings.optimizer.transformation(settings.steps)
-    loss = next_token_loss(config, terms, taught)
+    loss = next_token_loss(config, terms, taught, settings.remat)
     step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
     return step, start(student.params, optimizer, settings.train, settings.freeze)
 

@@ -27,6 +27,7 @@ from pydantic import Field, StrictBool, StrictInt, ValidationError, field_valida
 from jaxopt_models.distill.objective import Kind, LogitLoss
 from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.transformer import Remat
 from jaxopt_models.qtensor import Gradient
 from jaxopt_models.settings import Strict, explain, first_line, with_override
 from jaxopt_models.train.leaves import ScaleMode
@@ -114,6 +115,7 @@ class RunSettings(Strict):
       parts: of a batch, whose gradients are accumulated.
       train, freeze: see `trainable.partition`.
       dtype: of computation; what is trained is float32.
+      remat: see `transformer.Remat`.
       mesh: sizes of the axes "data" and "model".
       keep: checkpoints.
     """
@@ -139,6 +141,7 @@ class RunSettings(Strict):
     train: tuple[str, ...] = ("*",)
     freeze: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
     mesh: dict[Literal["data", "model"], int] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
     log: StrictInt = Field(default=10, ge=1)

@@ -78,6 +78,27 @@ def test_documents_in_one_row_are_learnt_as_if_alone(tiny_config, tiny_params, f
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("remat", ["products", "layers"])
+def test_what_is_computed_again_is_the_same_and_not_kept(tiny_params, tiny_config, remat):
+    """Activations of four layers and 2 x 512 tokens are more than all parameters."""
+    layers = tiny_params["layers"] * 2
+    config = replace(tiny_config, num_layers=4, attention_kinds=("full",) * 4)
+    params = tiny_params | {"layers": layers}
+    tokens = jnp.broadcast_to(jnp.arange(512, dtype=jnp.int32) % 64, (2, 512))
+    batch, step, found = {"tokens": tokens}, jnp.int32(0), []
+    for chosen in ("none", remat):
+        loss = next_token_loss(config, QAT, remat=chosen)
+        gradient = jax.grad(lambda p, loss=loss: loss(p, None, batch, step).total)
+        compiled = jax.jit(gradient).lower(params).compile()
+        memory = compiled.memory_analysis()
+        assert memory is not None
+        found.append((compiled(params), memory.temp_size_in_bytes))
+    (plain, kept), (again, fewer) = found
+    assert fewer < 0.5 * kept
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
 def test_a_long_gradient_is_shortened(tiny_config, fakes, tokens):
     loss, batch = next_token_loss(tiny_config, QAT), {"tokens": tokens}
     free, metrics = make_train_step(loss, SGD)(start(fakes, SGD), None, batch)
