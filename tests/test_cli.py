@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxopt_models import Model, QTensor, UserError, cli, export_hf, init, load
-from jaxopt_models.checkpoint.safetensors import write_sharded
+from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.models.config import ModelConfig
 
 CONFIG = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.checkpoint.hf_names import hf_names
-from jaxopt_models.checkpoint.safetensors import write_sharded
+from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.checkpoint.weights import as_weight
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import hadamard

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxopt_models.checkpoint import hub
-from jaxopt_models.checkpoint.safetensors import write_sharded
+from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
 
 _HF = Path(__file__).parents[1] / "golden" / "hf"

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 
 from jaxopt_models.checkpoint import safetensors as st
+from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
 
 
@@ -40,7 +41,7 @@ def rng():
 
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 64, 1])
 def test_write_then_read_keeps_every_bit(tmp_path, tensors, max_shard_bytes):
-    st.write_sharded(tmp_path / "new", tensors, max_shard_bytes=max_shard_bytes)
+    write_sharded(tmp_path / "new", tensors, max_shard_bytes=max_shard_bytes)
     index = st.open_index(tmp_path / "new")
     assert index.names() == tuple(sorted(tensors))
     for name, array in tensors.items():
@@ -49,7 +50,7 @@ def test_write_then_read_keeps_every_bit(tmp_path, tensors, max_shard_bytes):
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path, tensors):
-    (file,) = st.write_sharded(tmp_path, tensors)
+    (file,) = write_sharded(tmp_path, tensors)
     for tensor in st.open_index(file).tensors.values():
         assert tensor.start % tensor.dtype.itemsize == 0
 
@@ -57,7 +58,7 @@ def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path, tensors):
 def test_the_safetensors_package_reads_what_we_write(tmp_path, rng):
     dtypes = (np.float32, np.float16, ml_dtypes.bfloat16, np.int8)
     tensors = {np.dtype(d).name: random_bits(rng, (4, 6), d) for d in dtypes}
-    (file,) = st.write_sharded(tmp_path, tensors)
+    (file,) = write_sharded(tmp_path, tensors)
     theirs = safetensors.numpy.load_file(file)
     assert all(same_bits(theirs[name], array) for name, array in tensors.items())
 
@@ -71,14 +72,14 @@ def test_we_read_what_the_safetensors_package_writes(tmp_path, rng):
 
 
 def test_reading_is_a_read_only_view(tmp_path, rng):
-    st.write_sharded(tmp_path, {"w": random_bits(rng, (4, 4), np.float32)})
+    write_sharded(tmp_path, {"w": random_bits(rng, (4, 4), np.float32)})
     view = st.open_index(tmp_path).read("w")
     assert not view.flags.owndata and not view.flags.writeable
 
 
 def test_shards_respect_the_limit_and_are_listed(tmp_path):
     tensors = [(f"t{i}", np.full(10, i, np.uint8)) for i in range(7)]
-    *shards, index = st.write_sharded(tmp_path, iter(tensors), max_shard_bytes=25)
+    *shards, index = write_sharded(tmp_path, iter(tensors), max_shard_bytes=25)
     assert [s.name for s in shards] == [f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)]
     text = json.loads(index.read_text())
     assert text["metadata"] == {"total_size": 70}
@@ -98,20 +99,20 @@ def test_writing_takes_one_tensor_at_a_time(tmp_path):
             yield f"t{i}", array
             del array
 
-    st.write_sharded(tmp_path, stream())
+    write_sharded(tmp_path, stream())
     assert len(set(alive)) <= 2  # freed memory is used again
 
 
 def test_writing_refuses_what_it_cannot_write(tmp_path):
     four_bit = np.zeros((2, 2), ml_dtypes.int4)
     with pytest.raises(UserError, match="'w' has dtype int4.*pack"):
-        st.write_sharded(tmp_path / "a", {"w": four_bit})
+        write_sharded(tmp_path / "a", {"w": four_bit})
     with pytest.raises(UserError, match="'w' would be written twice"):
-        st.write_sharded(tmp_path / "b", [("w", np.zeros(1)), ("w", np.zeros(1))])
+        write_sharded(tmp_path / "b", [("w", np.zeros(1)), ("w", np.zeros(1))])
     assert not list((tmp_path / "a").iterdir()) and not list((tmp_path / "b").iterdir())
-    st.write_sharded(tmp_path / "c", {"w": np.zeros(1)})
+    write_sharded(tmp_path / "c", {"w": np.zeros(1)})
     with pytest.raises(UserError, match="already exists"):
-        st.write_sharded(tmp_path / "c", {"w": np.zeros(1)})
+        write_sharded(tmp_path / "c", {"w": np.zeros(1)})
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
@@ -167,14 +168,14 @@ def test_missing_files(tmp_path):
 
 
 def test_a_missing_tensor_is_named(tmp_path):
-    st.write_sharded(tmp_path, {"w": np.zeros(1)})
+    write_sharded(tmp_path, {"w": np.zeros(1)})
     with pytest.raises(UserError, match="tensor 'v' is missing"):
         st.open_index(tmp_path).read("v")
 
 
 @pytest.fixture
 def sharded(tmp_path):
-    *shards, index = st.write_sharded(
+    *shards, index = write_sharded(
         tmp_path, {"a": np.zeros(4), "b": np.zeros(4)}, max_shard_bytes=32
     )
     return shards, index

@@ -35,7 +35,7 @@ def write(directory: Path) -> None:
 
     from jaxopt_models.checkpoint import huggingface
     from jaxopt_models.checkpoint.export import export_hf
-    from jaxopt_models.checkpoint.safetensors import write_sharded
+    from jaxopt_models.checkpoint.safetensors_writer import write_sharded
     from jaxopt_models.models.model import Model
     from jaxopt_models.models.transformer import forward
 
