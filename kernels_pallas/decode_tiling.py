@@ -36,6 +36,10 @@ class Sizes:
         return 8 if self.m <= 8 else MOST_ROWS
 
     @property
+    def folded(self) -> bool:
+        return self.folds > 1
+
+    @property
     def width(self) -> int:
         """Columns of them."""
         return self.columns // self.folds
@@ -43,11 +47,11 @@ class Sizes:
     @property
     def spread(self) -> int:
         """Rows that together are one of activations: row r has the part r % spread of K."""
-        return 8 if self.m == 1 < self.folds else self.folds
+        return 8 if self.folded and self.m == 1 else self.folds
 
     def kept(self, split: int) -> int:
         """Columns that a CTA keeps: its part of K, or all where folds leave few of them."""
-        return self.width if self.folds > 1 else self.columns // split
+        return self.width if self.folded else self.columns // split
 
 
 def sizes_of(m: int, weight: FourBit) -> Sizes:

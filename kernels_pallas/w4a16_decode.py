@@ -107,18 +107,14 @@ class _Plan:
         return self.tiling.steps(self.sizes.columns)
 
     @property
-    def folded(self) -> bool:
-        return self.sizes.folds > 1
-
-    @property
     def owners(self) -> int:
         """Parts of the activations in shared memory: of each part of K its own, or one for all."""
-        return 1 if self.folded else self.tiling.wk
+        return 1 if self.sizes.folded else self.tiling.wk
 
     @property
     def pieces(self) -> int:
         """Of 128 columns, in each of those parts."""
-        return self.sizes.width // 128 if self.folded else 4 * self.steps
+        return self.sizes.kept(self.tiling.split) // self.owners // 128
 
     @property
     def groups(self) -> int:
@@ -150,7 +146,7 @@ class _Plan:
 
     def owner(self) -> Any:
         """Which part of the activations this warpgroup needs."""
-        return 0 if self.folded else self.place()[1]
+        return 0 if self.sizes.folded else self.place()[1]
 
     def place_in_k(self, step: int) -> Any:
         """Which step of the weight's whole K a warpgroup's step is."""
@@ -160,7 +156,7 @@ class _Plan:
 
     def activations(self, step: int) -> tuple[Any, Any]:
         """(row among `spread`, place in shared memory) of those that a step multiplies."""
-        if self.folded:
+        if self.sizes.folded:
             place, each = self.place_in_k(step), self.sizes.width // STEP
             return place // each, place % each
         return 0, self.owner() * self.steps + step
@@ -168,7 +164,7 @@ class _Plan:
     @property
     def one_place(self) -> bool:
         """Whether that place is the same for all, so that registers can keep it."""
-        return self.folded and self.sizes.width == STEP
+        return self.sizes.folded and self.sizes.width == STEP
 
     def tile(self, turn: Any) -> Any:
         group = lax.axis_index("cta") + turn * self.ctas
@@ -249,8 +245,8 @@ def _fetch(plan: _Plan, refs: _Refs, turn: Any, step: int) -> tuple[jax.Array, j
 def _copy_activations(plan: _Plan, refs: _Refs) -> None:
     """Warpgroups that need the same part share the work."""
     owner, sharing = plan.owner(), plan.tiling.wn * plan.tiling.wk // plan.owners
-    mine = lax.axis_index("warpgroup") if plan.folded else plan.place()[0]
-    part = 0 if plan.folded else lax.axis_index("part")
+    mine = lax.axis_index("warpgroup") if plan.sizes.folded else plan.place()[0]
+    part = 0 if plan.sizes.folded else lax.axis_index("part")
 
     def one_piece(i, _):
         piece = i * sharing + mine
@@ -271,7 +267,7 @@ def _one_tile(
     plan: _Plan, refs: _Refs, turn: Any, loaded: list[Any], left: int | None, held: Any
 ) -> Any:
     """(sums of this warpgroup's part, what is loaded ahead)."""
-    fragments = plan.fragments
+    fragments, sizes = plan.fragments, plan.sizes
     sums = fragments.zeros()
     for step in range(plan.steps):
         further, ahead = divmod(step + plan.depth, plan.steps)
@@ -281,9 +277,9 @@ def _one_tile(
         x = _load_activations(plan, refs, place) if held is None else held
         codes, scales = loaded.pop(0)
         after = fragments.multiply(sums, codes, scales, x)
-        sums = fragments.chosen(after, sums, fold, plan.sizes.spread) if plan.folded else after
-    if plan.folded:
-        sums = fragments.added_rows(sums, plan.sizes.spread)
+        sums = fragments.chosen(after, sums, fold, sizes.spread) if sizes.folded else after
+    if sizes.folded:
+        sums = fragments.added_rows(sums, sizes.spread)
     return sums, tuple(loaded)
 
 
