@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxopt_models.bench.kernel_timing import activations
 from kernels_pallas import (
@@ -164,10 +163,7 @@ def _int8_reference(x: Any, weight: EightBit) -> jax.Array:
 
     Seen with jax 0.11.2 at `xla_gpu_autotune_level` 0, which the bench compiles references at.
     """
-    codes, scales = x
-    wide = codes.astype(jnp.float32), weight.codes.astype(jnp.float32).T
-    sums = jnp.matmul(*wide, precision=lax.Precision.HIGHEST)
-    return (sums * weight.scales[None] * scales[:, None]).astype(jnp.bfloat16)
+    return w8a8_reference(*x, replace(weight, kind="fp8"))  # whose sums are float32's
 
 
 def _w8a8(kind: EightBitKind, rate: str) -> Operation:

@@ -78,8 +78,8 @@ def train(
     described = {"technique": technique} | settings.model_dump(mode="json")
     _check_directory(out, described, resume)
     teacher = load(settings.model)
+    rows = _rows(teacher, settings)  # first, since quantizing takes long
     student = _student(technique, settings, teacher, progress)
-    rows = _rows(teacher, settings)
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
