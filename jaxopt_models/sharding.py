@@ -21,8 +21,6 @@ An array's axis is left whole where splitting it would cut unevenly or through a
 that share a scale or a byte, so any rule gives correct results on any mesh. A boundary may cut a
 block that is rotated (`QTensor.rotate`): devices then exchange inputs, which costs less than a
 weight on each of them.
-
-Reference: Shoeybi et al. 2019, arXiv:1909.08053.
 """
 
 import math
@@ -31,37 +29,18 @@ from dataclasses import replace
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.packed import PackedTensor
 from jaxopt_models.qtensor import LowRank, QTensor
+from jaxopt_models.sharding_rules import DEFAULT_RULES, TRAINING_RULES, Rules
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
 from kernels_pallas import EightBit
 from kernels_pallas.four_bit import ROWS
-
-# A tuple of specs is an order of preference: the first that splits evenly all that it names.
-type Rules = Mapping[str, P | tuple[P, ...]]
-
-_ROWS, _COLUMNS = P("model", None), P(None, "model")
-
-# Tensor parallelism: a layer's first products split their outputs and its second ones their inputs,
-# so activations are summed over devices twice a layer. Covers every architecture, hence some of
-# these rules match nothing in a given model.
-DEFAULT_RULES: dict[str, P | tuple[P, ...]] = {
-    **{f"*/{name}_proj/weight": _ROWS for name in ("q", "k", "v", "gate", "up")},
-    **{f"*/{name}_proj/bias": P("model") for name in ("q", "k", "v", "gate", "up")},
-    **{f"*/{name}_proj/weight": _COLUMNS for name in ("o", "down")},
-    "*embed_tokens/weight": _ROWS,
-    "*lm_head/weight": _ROWS,
-    **{
-        f"*/experts/{name}_proj/weight": (P("model", None, None), P(None, "model", None))
-        for name in ("gate", "up")
-    },
-    "*/experts/down_proj/weight": (P("model", None, None), P(None, None, "model")),
-}
 
 
 def make_mesh(
@@ -109,7 +88,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
     """
     paths = [path for path, _ in leaves_with_paths(params)]
     for pattern, wanted in rules.items():
-        ours = pattern in DEFAULT_RULES and DEFAULT_RULES[pattern] == wanted
+        ours = wanted in (DEFAULT_RULES.get(pattern), TRAINING_RULES.get(pattern))
         if not ours and not any(matches(path, pattern) for path in paths):
             raise UserError(
                 f"sharding rule {pattern!r} matches no tensor; paths look like "
@@ -124,35 +103,25 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
 
 
 def shard(params: Any, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> Any:
-    """Copies parameters onto the devices of a mesh; see `shardings`."""
-    return jax.device_put(params, shardings(params, mesh, rules))
+    """Copies parameters onto the devices of a mesh; see `shardings` and `place`."""
+    return place(params, shardings(params, mesh, rules))
 
 
-def initialize_distributed(
-    coordinator_address: str | None = None,
-    num_processes: int | None = None,
-    process_id: int | None = None,
-) -> None:
-    """Joins this process to the others of a run on several hosts.
+def place(arrays: Any, targets: Any) -> Any:
+    """Copies arrays to where a tree of shardings says.
 
-    It belongs at the entry of a command, before anything else of JAX; the library never calls it.
-    Under Slurm, Open MPI, Kubernetes and on TPU the environment tells all arguments.
-
-    Args:
-      coordinator_address: "host:port" of process 0.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
-
-    Raises:
-      UserError: when an argument is missing that the environment does not tell.
+    Arrays that lie on devices of one process only are taken to be the same on all of them, and each
+    copies its own shards.
     """
-    try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id)
-    except ValueError as error:
-        raise UserError(
-            f"no distributed run was found here ({error}); "
-            "give coordinator_address, num_processes and process_id"
-        ) from error
+
+    def one(array: Any, target: Sharding) -> jax.Array:
+        everywhere = isinstance(array, jax.Array) and not array.is_fully_addressable
+        if target.is_fully_addressable or everywhere:
+            return jax.device_put(array, target)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
+
+    return jax.tree.map(one, arrays, targets)
 
 
 def _choose(path: str, leaf: Any, mesh: Mesh, rules: Rules) -> tuple[Any, ...]:
@@ -166,8 +135,19 @@ def _choose(path: str, leaf: Any, mesh: Mesh, rules: Rules) -> tuple[Any, ...]:
         _completed(pattern, spec, path, leaf, mesh)
         for spec in (options if isinstance(options, tuple) else (options,))
     ]
-    even = (spec for spec in specs if _kept(spec, leaf.shape, mesh) == spec)
+    even = (spec for spec in specs if _kept(spec, leaf.shape, mesh, _units(leaf)) == spec)
     return next(even, specs[-1])
+
+
+def _units(leaf: Any) -> tuple[int, ...]:
+    """The least of each axis of a weight that may be split off."""
+    units = (1,) * leaf.ndim
+    if not isinstance(leaf, QTensor | FakeTensor):
+        return units
+    codes_a_group = 8 // math.gcd(8, leaf.spec.element.bits)  # the fewest that fill whole bytes
+    width = leaf.spec.tile(leaf.shape)[-1]
+    # Under one scale for the whole axis a boundary may fall anywhere.
+    return (*units[:-1], math.lcm(codes_a_group, width if width < leaf.shape[-1] else 1))
 
 
 def _completed(pattern: str, spec: P, path: str, leaf: Any, mesh: Mesh) -> tuple[Any, ...]:
@@ -237,10 +217,7 @@ def _by_tiles[Leaf: QTensor | FakeTensor](
     """(the spec where it cuts no tile and no byte, the specs that follow for an array with an entry
     a tile, the leaf with those of its input steps)."""
     tile = leaf.spec.tile(leaf.shape)
-    codes_a_group = 8 // math.gcd(8, leaf.spec.element.bits)  # the fewest that fill whole bytes
-    # Under one scale for the whole axis a boundary may fall anywhere.
-    last = math.lcm(codes_a_group, tile[-1] if tile[-1] < leaf.shape[-1] else 1)
-    spec = _kept(spec, leaf.shape, mesh, (*(1,) * (leaf.ndim - 1), last))
+    spec = _kept(spec, leaf.shape, mesh, _units(leaf))
     *lead, rows, columns = (None,) * (2 - leaf.ndim) + spec
 
     def tiled(part: Any) -> P:

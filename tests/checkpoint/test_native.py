@@ -389,7 +389,8 @@ import sys
 import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 2)
 from jaxopt_models.checkpoint import native
-from jaxopt_models.sharding import initialize_distributed, make_mesh, shard
+from jaxopt_models.distributed import initialize_distributed
+from jaxopt_models.sharding import make_mesh, shard
 process, port, target = int(sys.argv[1]), *sys.argv[2:]
 initialize_distributed(f"localhost:{port}", 2, process)
 from killed_save import CONFIG
