@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -125,6 +126,7 @@ def hidden_states(
     tokens: jax.Array,
     starts: jax.Array | None = None,
     remat: Remat = "none",
+    sharding: Sharding | None = None,
 ) -> jax.Array:
     """What the output head reads: the residual stream after the final norm, [B, T, D].
 
@@ -135,8 +137,10 @@ def hidden_states(
       starts: int32 [B, T], where in its row the document of each token begins: each is processed as
         if it stood alone. None is one document a row.
       remat: what is computed again for gradients, static; see `Remat`.
+      sharding: of the residual stream between layers, and of its gradient. On several devices it
+        decides what moves: with its rows split, weights come to them. None leaves it to XLA.
     """
-    x, positions = embed_tokens(config, params, tokens), positions_of(tokens)
+    x, positions = _placed(embed_tokens(config, params, tokens), sharding), positions_of(tokens)
     if starts is not None:
         positions = positions - starts
 
@@ -144,8 +148,12 @@ def hidden_states(
         return block(config, layer, x, positions, kind=kind, starts=starts)[0]
 
     for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
-        x = _rematerialized(partial(one, kind), remat)(layer, x)
+        x = _placed(_rematerialized(partial(one, kind), remat)(layer, x), sharding)
     return final_norm(config, params, x)
+
+
+def _placed(x: jax.Array, sharding: Sharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _rematerialized[**P, T](function: Callable[P, T], remat: Remat) -> Callable[P, T]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
@@ -38,6 +39,7 @@ def next_token_loss(
     terms: Sequence[Term] = QAD,
     teacher: ModelConfig | None = None,
     remat: Remat = "none",
+    sharding: Sharding | None = None,
 ) -> Loss:
     """The loss of a model that predicts each token, for `make_train_step`.
 
@@ -46,6 +48,7 @@ def next_token_loss(
       terms: what is summed; `QAT` is cross-entropy alone, `QAD` the divergence from the teacher.
       teacher: the teacher's architecture; None is the same.
       remat: what of each layer is computed again for gradients.
+      sharding: of the residual streams, see `transformer.hidden_states`.
 
     Returns:
       (params, context, batch, step) -> `Sums`. The context is the teacher's parameters, or None.
@@ -67,10 +70,11 @@ def next_token_loss(
         mask = batch.get("mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
         if starts is not None:
             mask *= (positions_of(tokens) > starts).astype(jnp.float32)
-        student = _predictor(config, params, tokens, starts, remat)
+        student = _predictor(config, params, tokens, starts, remat, sharding)
         known: Predictor | TopK | None = batch.get("teacher")
         if known is None and context is not None and any(one.needs_teacher for one in losses):
-            known = jax.lax.stop_gradient(_predictor(teacher or config, context, tokens, starts))
+            theirs = _predictor(teacher or config, context, tokens, starts, sharding=sharding)
+            known = jax.lax.stop_gradient(theirs)
         weights = jnp.stack([term.weight_at(step) for term in terms])
         total, sums = summed_losses(losses, weights, student, known, tokens, mask)
         count = jnp.sum(mask[:, 1:])
@@ -85,8 +89,9 @@ def _predictor(
     tokens: jax.Array,
     starts: jax.Array | None,
     remat: Remat = "none",
+    sharding: Sharding | None = None,
 ) -> Predictor:
-    hidden = hidden_states(config, params, tokens, starts, remat)
+    hidden = hidden_states(config, params, tokens, starts, remat, sharding)
     return Predictor(output_head(params), hidden, config)
 
 

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
+from jaxopt_models.sharding import place
 from jaxopt_models.train.trainable import combine, partition
 
 
@@ -95,7 +96,7 @@ def start(
         state = optimizer.init(trained)
     state = optax.tree.map_params(
         optimizer,
-        lambda array, parameter: jax.device_put(array, parameter.sharding),
+        lambda array, parameter: place(array, parameter.sharding),
         state,
         trained,
         transform_non_params=everywhere,
@@ -110,7 +111,7 @@ def _everywhere(trained: Any) -> Callable[[jax.Array], jax.Array]:
     mesh = next((mesh for mesh in meshes if mesh is not None), None)
     if mesh is None:
         return lambda array: array
-    return lambda array: jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+    return lambda array: place(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def make_train_step(
@@ -119,10 +120,12 @@ def make_train_step(
     *,
     parts: int = 1,
     max_norm: float | None = None,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted step: (state, context, batch) -> (state, metrics).
 
-    The state's buffers are taken over. Where arrays lie decides where the step runs.
+    The state's buffers are taken over. Where arrays lie decides where the step runs; on several
+    devices, `shardings` keeps XLA from spreading out what is split.
 
     Args:
       loss: of a part of a batch, pure.
@@ -130,6 +133,7 @@ def make_train_step(
       parts: gradients of so many parts are accumulated; the batch's arrays are then
         [parts, B, ...], else [B, ...].
       max_norm: of the gradient, over all arrays; None leaves it.
+      shardings: a tree like the state, of its arrays and of gradients; None leaves them to XLA.
 
     Returns:
       The step. Its metrics are float32: "loss" and the loss's others, means over the batch;
@@ -142,6 +146,8 @@ def make_train_step(
             return sums.total, sums
 
         gradient, sums = jax.grad(total, has_aux=True)(state.trained)
+        if shardings is not None:
+            gradient = lax.with_sharding_constraint(gradient, shardings.trained)
         return gradient, sums
 
     def of_batch(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
@@ -170,7 +176,7 @@ def make_train_step(
         metrics |= {"skipped": (~finite).astype(jnp.float32)}
         return _updated(optimizer, state, gradient, finite), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def _updated(

@@ -15,7 +15,6 @@ from jaxopt_models.distill.losses import top_k
 from jaxopt_models.distill.objective import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.qtensor import LowRank
-from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.objectives import QAD, QAT, Term, next_token_loss
 from jaxopt_models.train.step import make_train_step, start
@@ -227,24 +226,6 @@ def test_what_can_be_trained(tiny_params, tiny_quantized, scales):
         assert leaf.scales.amax is not None and leaf.scales.rounding is not None
         assert leaf.scales.overall is None and rest.scales.overall is not None
     assert _equal(combine(trained, frozen), fakes)
-
-
-def test_several_devices_give_the_same(tiny_config, tiny_params, fakes, tokens):
-    """Rows of the batch on four devices, columns and rows of weights on two."""
-    mesh = make_mesh({"data": 4, "model": 2})
-    optimizer = optax.adam(1e-3)
-    step = make_train_step(next_token_loss(tiny_config), optimizer, max_norm=1.0)
-    alone, shared = (start(p, optimizer) for p in (fakes, shard(fakes, mesh)))
-    teacher = shard(tiny_params, mesh)
-    rows = jax.NamedSharding(mesh, jax.P("data"))
-    for i in range(3):
-        batch = jnp.roll(tokens, i, axis=0)
-        alone, a = step(alone, tiny_params, {"tokens": batch})
-        shared, b = step(shared, teacher, {"tokens": jax.device_put(batch, rows)})
-        for name in a:
-            np.testing.assert_allclose(b[name], a[name], rtol=1e-3)
-    leaf = shared.params["layers"][0]["mlp"]["down_proj"]["weight"].weight
-    assert leaf.sharding.shard_shape(leaf.shape) == (32, 32)
 
 
 def test_what_is_refused(tiny_config, tiny_params, tiny_quantized, fakes):

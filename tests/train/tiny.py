@@ -18,6 +18,7 @@ CONFIG = ModelConfig.from_hf(
         "tie_word_embeddings": True,
     }
 )
+ONE_LAYER = replace(CONFIG, num_layers=1, attention_kinds=("full",))
 
 
 def quantized(params: Any, format: str = "nvfp4", **extra: Any) -> Any:
