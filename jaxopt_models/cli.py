@@ -21,15 +21,22 @@ from jaxopt_models import data, report
 from jaxopt_models.cli_bench import bench
 from jaxopt_models.cli_options import (
     BatchOption,
+    CoordinatorOption,
+    DevicesOption,
+    DistributedOption,
     JsonOption,
     LengthOption,
     ModelArg,
     OutOption,
+    ProcessesOption,
+    ProcessOption,
     SetOption,
 )
 from jaxopt_models.demo import run_demo
+from jaxopt_models.distributed import initialize_distributed
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json, write_text
+from jaxopt_models.progress import silent
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -199,13 +206,26 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where a run of the same settings stopped.")
     ] = False,
+    distributed: DistributedOption = False,
+    coordinator: CoordinatorOption = None,
+    processes: ProcessesOption = None,
+    process: ProcessOption = None,
+    devices: DevicesOption = None,
 ) -> None:
     """Train a model under quantization, or a student for what a model says."""
+    import jax
+
     from jaxopt_models.train import run
     from jaxopt_models.train.settings import RunSettings
 
     settings = RunSettings.load(config, tuple(overrides or ()))
-    result = run.train(technique, settings, out, resume=resume, progress=report.progress)
+    if distributed or any(x is not None for x in (coordinator, processes, process, devices)):
+        initialize_distributed(coordinator, processes, process, _device_ids(devices))
+    first = jax.process_index() == 0
+    progress = report.progress if first else silent
+    result = run.train(technique, settings, out, resume=resume, progress=progress)
+    if not first:
+        return
     last = result.log[-1]
     report.out.print(
         f"{settings.steps} steps: perplexity {last['perplexity']:.4f}, KL {last['kl']:.4f} to "
@@ -283,6 +303,13 @@ def demo(
 def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:
     with report.working(f"loading {name}"):
         return jom.load(name, host=host, dtype=dtype)
+
+
+def _device_ids(devices: str | None) -> list[int] | None:
+    try:
+        return None if devices is None else [int(number) for number in devices.split(",")]
+    except ValueError:
+        raise UserError(f"--devices {devices!r} is no list of numbers such as 0,1") from None
 
 
 def _batches(

@@ -16,5 +16,20 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="key=value override of a recipe, e.g. rules.0.weight.block_size=64"),
 ]
+DistributedOption = Annotated[
+    bool, typer.Option("--distributed", help="One of several processes of Slurm or Open MPI.")
+]
+CoordinatorOption = Annotated[
+    str | None, typer.Option("--coordinator", help="HOST:PORT of process 0, where none tells it.")
+]
+ProcessesOption = Annotated[
+    int | None, typer.Option("--processes", min=1, help="How many there are, likewise.")
+]
+ProcessOption = Annotated[
+    int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")
+]
+DevicesOption = Annotated[
+    str | None, typer.Option("--devices", help="This process's devices of its host, e.g. 0,1.")
+]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]

@@ -204,31 +204,43 @@ class PackedBatches:
 
     def batch(self, step: int) -> Any:
         """Batch number `step`, counted from 0: `[B, T]` of each array."""
+        order = self.order(step)
+        return jax.tree.map(lambda rows: rows[order], self.rows)
+
+    def order(self, step: int) -> np.ndarray:
+        """Which rows make that batch, `[B]`."""
         count, start = len(jax.tree.leaves(self.rows)[0]), step * self.batch_size
         first, last = start // count, (start + self.batch_size - 1) // count
         epochs = [_epoch_order(self.seed, epoch, count) for epoch in range(first, last + 1)]
-        order = np.concatenate(epochs)[start - first * count :][: self.batch_size]
-        return jax.tree.map(lambda rows: rows[order], self.rows)
+        return np.concatenate(epochs)[start - first * count :][: self.batch_size]
 
 
-def global_batch(batch: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    """The batch `[B, T]` as one array over the mesh, of which each process holds its own shards.
+def global_batch(rows: np.ndarray, order: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
+    """`rows[order]` as one array over the mesh, of which each process reads its own rows only.
 
-    Every process passes the same whole batch (`PackedBatches` gives all of them the same one), so
-    any `spec` works on any number of hosts.
+    Args:
+      rows: `[N, ...]`; every process has the same.
+      order: integers `[B]`, or `[parts, B]`, see `PackedBatches.order`; likewise.
+      mesh: of any number of processes.
+      spec: of the result, `[B, ...]` or `[parts, B, ...]`.
 
     Raises:
       UserError: the batch does not divide evenly over the mesh.
     """
-    sharding = NamedSharding(mesh, spec)
+    sharding, shape = NamedSharding(mesh, spec), (*order.shape, *rows.shape[1:])
     try:
-        sharding.shard_shape(batch.shape)
+        sharding.shard_shape(shape)
     except ValueError as error:
         raise UserError(
-            f"a batch of shape {batch.shape} does not divide as {spec} over the mesh "
+            f"a batch of shape {shape} does not divide as {spec} over the mesh "
             f"{dict(mesh.shape)}; make the batch size a multiple of the axis it is split over."
         ) from error
-    return jax.make_array_from_process_local_data(sharding, batch, global_shape=batch.shape)
+
+    def own(index: Any) -> np.ndarray:
+        chosen, rest = index[: order.ndim], index[order.ndim :]
+        return rows[order[chosen]][(*(slice(None) for _ in chosen), *rest)]
+
+    return jax.make_array_from_callback(shape, sharding, own)
 
 
 def _check_batch_size(batch_size: int) -> None:

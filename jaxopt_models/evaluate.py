@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxopt_models import tree
 from jaxopt_models.data import token_arrays
+from jaxopt_models.distributed import on_host
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states, logits, output_head
@@ -70,10 +71,10 @@ def reference(
     """Runs the reference model once; the result goes into `evaluate(..., reference=...)`."""
     tokens = _checked(config, batches)
     hidden = tuple(
-        np.asarray(hidden_states(config, params, batch))
+        on_host(hidden_states(config, params, batch))
         for batch in progress(tokens, "running the reference")
     )
-    return Reference(config, params, tuple(np.asarray(batch) for batch in tokens), hidden)
+    return Reference(config, params, tuple(on_host(batch) for batch in tokens), hidden)
 
 
 def evaluate(
@@ -113,7 +114,7 @@ def evaluate(
             sums = position_sums(
                 config, its_config, student, (output_head(its_params), hidden), batch
             )
-        totals += np.asarray(sums, np.float64)
+        totals += on_host(sums).astype(np.float64)
     positions = sum(batch.shape[0] * (batch.shape[1] - 1) for batch in tokens)
     nll, kl, same = (float(total) / positions for total in totals)
     if not np.isfinite([nll, kl]).all():
@@ -180,7 +181,7 @@ def _teacher(
     if not isinstance(reference, Reference):
         return (None if reference is None else (config, reference)), ()
     same = len(reference.batches) == len(tokens) and all(
-        np.array_equal(a, np.asarray(b)) for a, b in zip(reference.batches, tokens, strict=True)
+        np.array_equal(a, on_host(b)) for a, b in zip(reference.batches, tokens, strict=True)
     )
     if not same:
         raise UserError("the reference was run on other batches; run reference() on these")

@@ -215,13 +215,17 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 def test_global_batch_is_split_over_the_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    batch = np.arange(32, dtype=np.int32).reshape(8, 4)
-    array = data.global_batch(batch, mesh, P("data"))
+    rows, order = np.arange(40, dtype=np.int32).reshape(10, 4), np.array([7, 1, 9, 0, 0, 3, 4, 8])
+    array = data.global_batch(rows, order, mesh, P("data"))
     assert {shard.data.shape for shard in array.addressable_shards} == {(2, 4)}
-    np.testing.assert_array_equal(np.asarray(array), batch)
+    np.testing.assert_array_equal(np.asarray(array), rows[order])
+    parts = order.reshape(2, 4)
+    array = data.global_batch(rows, parts, mesh, P(None, "data", "model"))
+    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 1, 2)}
+    np.testing.assert_array_equal(np.asarray(array), rows[parts])
 
 
 def test_global_batch_that_does_not_divide_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(UserError, match=r"\(6, 4\) does not divide .*'data': 8"):
-        data.global_batch(np.zeros((6, 4), np.int32), mesh, P("data"))
+        data.global_batch(np.zeros((6, 4), np.int32), np.arange(6), mesh, P("data"))

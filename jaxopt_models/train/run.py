@@ -4,9 +4,13 @@ OUT/run.json       the settings
 OUT/states/        checkpoints of training
 OUT/log.jsonl      metrics
 OUT/model/         the result, a checkpoint that `load` reads: quantized leaves, or float ones
+
+Several processes run it together (`distributed`), each with the same arguments and one file system
+among them; the first one writes.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.distributed import agree
 from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
@@ -28,7 +35,8 @@ from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.sharding import make_mesh, shard
+from jaxopt_models.sharding import make_mesh, place, shard
+from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
@@ -74,21 +82,23 @@ def train(
         resume), text that is too short, or a run that is lost.
     """
     settings.check(technique)
+    mesh = _mesh(settings)
     out = Path(out).expanduser()
     described = {"technique": technique} | settings.model_dump(mode="json")
     _check_directory(out, described, resume)
+    agree(described | {"out": str(out), "resume": resume})
     teacher = load(settings.model)
     rows = _rows(teacher, settings)  # first, since quantizing takes long
     student = _student(technique, settings, teacher, progress)
-    mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     if mesh is not None:
-        teacher = replace(teacher, params=shard(teacher.params, mesh))
-        student = replace(student, params=shard(student.params, mesh))
+        teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
+        student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
     terms = settings.terms(technique)
     needed = any(term.loss.needs_teacher for term in terms)
-    step, state = _begun(settings, terms, teacher, student)
+    step, state = _begun(settings, terms, teacher, student, mesh)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "run.json", described)
+    if jax.process_index() == 0:
+        write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
     with Checkpoints(out / "states", keep=settings.keep, best=best, signature=described) as states:
         if states.steps:
@@ -100,7 +110,7 @@ def train(
             _batches(rows, settings, mesh),
             _compute(teacher, settings) if needed else None,
             Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
-            evaluate=_measure(student.config, teacher, settings),
+            evaluate=_measure(student.config, teacher, settings, mesh),
             checkpoints=states,
             log=log,
             progress=progress,
@@ -119,15 +129,39 @@ def train(
     return Result(model, log.lines)
 
 
+def _mesh(settings: RunSettings) -> Mesh | None:
+    """The devices that train, None for a single one."""
+    sizes: dict[str, int] = {axis: settings.mesh.get(axis, 1) for axis in AXES}
+    mesh = make_mesh(sizes) if settings.mesh else None
+    devices = 1 if mesh is None else mesh.size
+    if jax.process_count() > 1 and devices != jax.device_count():
+        raise UserError(
+            f"{jax.process_count()} processes with {jax.device_count()} devices need a mesh of as "
+            f"many, and mesh {settings.mesh} has {devices}; set mesh.data or mesh.fsdp"
+        )
+    return mesh
+
+
 def _begun(
-    settings: RunSettings, terms: Sequence[Term], teacher: Model, student: Model
+    settings: RunSettings,
+    terms: Sequence[Term],
+    teacher: Model,
+    student: Model,
+    mesh: Mesh | None,
 ) -> tuple[Step, TrainState]:
     """The step, and the state before the first one."""
     config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
     optimizer = settings.optimizer.transformation(settings.steps)
-    loss = next_token_loss(config, terms, taught, settings.remat)
-    step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
-    return step, start(student.params, optimizer, settings.train, settings.freeze)
+    state = start(student.params, optimizer, settings.train, settings.freeze)
+    rows = places = None
+    if mesh is not None:
+        rows = NamedSharding(mesh, P(BATCH))
+        places = jax.tree.map(lambda array: array.sharding, state)
+    loss = next_token_loss(config, terms, taught, settings.remat, rows)
+    step = make_train_step(
+        loss, optimizer, parts=settings.parts, max_norm=settings.max_norm, shardings=places
+    )
+    return step, state
 
 
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
@@ -209,24 +243,32 @@ def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
     return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
 
 
-def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any) -> Any:
+def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Mesh | None) -> Any:
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
-    spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
+    spec = P(BATCH) if settings.parts == 1 else P(None, BATCH)
 
-    def placed(own: np.ndarray) -> jax.Array:
+    def taken(own: np.ndarray, order: np.ndarray) -> jax.Array:
+        if mesh is None:
+            return jnp.asarray(own[order])
+        return data.global_batch(own, order, mesh, spec)
+
+    def batch(number: int) -> Any:
+        order = stream.order(number)
         if settings.parts > 1:
-            own = own.reshape(settings.parts, -1, own.shape[1])
-        return jnp.asarray(own) if mesh is None else data.global_batch(own, mesh, spec)
+            order = order.reshape(settings.parts, -1)
+        return jax.tree.map(lambda own: taken(own, order), rows)
 
-    return lambda number: jax.tree.map(placed, stream.batch(number))
+    return batch
 
 
-def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:
+def _measure(config: ModelConfig, teacher: Model, settings: RunSettings, mesh: Mesh | None) -> Any:
     """Parameters -> what they would be worth if the run ended: perplexity and divergence from the
     teacher, on text that is not trained on."""
     chosen = settings.evaluation
     text = data.load_text(chosen.text, "evaluation")
     batches = data.token_batches(teacher, text, chosen.windows, chosen.length, settings.batch)
+    if mesh is not None:
+        batches = [_shared(batch, mesh) for batch in batches]
     original = reference(teacher.config, teacher.params, batches)
 
     def measure(params: Any) -> dict[str, float]:
@@ -239,3 +281,10 @@ def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:
         }
 
     return measure
+
+
+def _shared(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """On the devices of a mesh: its rows among them, or all of it on each if they do not divide."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH)
+    spec = P(BATCH) if len(batch) % shares == 0 else P()
+    return place(batch, NamedSharding(mesh, spec))

@@ -16,6 +16,7 @@
 Everything but the model, and the recipe or the student, has a default.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import Remat
 from jaxopt_models.qtensor import Gradient
 from jaxopt_models.settings import Strict, explain, first_line, with_override
+from jaxopt_models.sharding_rules import BATCH
 from jaxopt_models.train.leaves import ScaleMode
 from jaxopt_models.train.objectives import QAD, QAT, Term
 
@@ -116,7 +118,8 @@ class RunSettings(Strict):
       train, freeze: see `trainable.partition`.
       dtype: of computation; what is trained is float32.
       remat: see `transformer.Remat`.
-      mesh: sizes of the axes "data" and "model".
+      mesh: sizes of the axes "data", "fsdp" and "model", see `sharding_rules`; those that are not
+        named are 1. None at all is one device.
       keep: checkpoints.
     """
 
@@ -142,7 +145,7 @@ class RunSettings(Strict):
     freeze: tuple[str, ...] = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
-    mesh: dict[Literal["data", "model"], int] = Field(default_factory=dict)
+    mesh: dict[Literal["data", "fsdp", "model"], StrictInt] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
     log: StrictInt = Field(default=10, ge=1)
     save: StrictInt = Field(default=100, ge=1)
@@ -204,3 +207,9 @@ class RunSettings(Strict):
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:
             raise UserError(f"a batch of {self.batch} rows has no {self.parts} equal parts")
+        rows, shares = self.batch // self.parts, math.prod(self.mesh.get(a, 1) for a in BATCH)
+        if rows % max(shares, 1):
+            raise UserError(
+                f"{rows} rows, of a part of a batch, cannot be shared by the {shares} devices of "
+                f"mesh {self.mesh} that split them; make the batch a multiple"
+            )

@@ -152,6 +152,10 @@ def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
     assert "6 steps: perplexity" in capsys.readouterr().out
     first = (out / "model" / "jaxopt_models.json").read_text()
     assert run() == 2 and "exists already; choose another" in capsys.readouterr().err
+    assert run("--coordinator", "host") == 2
+    assert "coordinator 'host' has no port; give it as HOST:PORT" in capsys.readouterr().err
+    assert run("--devices", "all") == 2
+    assert "--devices 'all' is no list of numbers such as 0,1" in capsys.readouterr().err
     assert run("--resume") == 2
     assert "is a run with optimizer" in capsys.readouterr().err
     assert run("--resume", "--set", "optimizer.learning_rate=0.002") == 0
@@ -170,6 +174,9 @@ def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
         ("distill", {"student": "x", "recipe": "fp8"}, "for a 'recipe' choose qad"),
         ("qad", {"recipe": "fp8", "losses": [{"kind": "cross_entropy"}]}, "none of the losses"),
         ("qat", {"recipe": "fp8", "parts": 3}, "a batch of 4 rows has no 3 equal parts"),
+        ("qat", {"recipe": "fp8", "mesh": {"data": 4, "fsdp": 2}}, "4 rows, .* by the 8 devices"),
+        ("qat", {"recipe": "fp8", "parts": 2, "mesh": {"fsdp": 4}}, "2 rows, .* by the 4 devices"),
+        ("qat", {"recipe": "fp8", "mesh": {"model": 9}}, "needs 9 devices and there are 8"),
     ],
 )
 def test_settings_that_do_not_go_together(models, tmp_path, technique, more, message):
