@@ -226,6 +226,8 @@ def _check(
         raise UserError(f"{out} is to hold a JSON object a line; give it a name ending in .jsonl")
     if out.exists():
         raise UserError(f"{out} exists already; choose another file or remove it")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no directory {out.parent} to write {out.name} in; make it")
     if kind not in ("conversations", "texts"):
         raise UserError(f"kind {kind!r} is not known; write conversations or texts")
     if prompts is not None and (kind == "texts" or not prompts):

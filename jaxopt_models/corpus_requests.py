@@ -221,7 +221,7 @@ def _answering(
     """
     tokenizer = writer.tokenizer
     end = find_turn(tokenizer, _QUESTION, "assistant").end
-    ends = sorted({*writer.config.eos_token_ids, *([] if end is None else [end])})
+    ends = [*writer.config.eos_token_ids, *([] if end is None else [end])]
     limit = writer.sampling.max_answer_tokens
 
     def answer(

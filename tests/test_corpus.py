@@ -276,6 +276,7 @@ def test_templates_without_a_user_turn_are_refused(model, tmp_path, monkeypatch,
     [
         ({"out": "a.txt"}, r"a\.txt is to hold a JSON object a line"),
         ({"out": "here.jsonl"}, r"here\.jsonl exists already"),
+        ({"out": "no/a.jsonl"}, "there is no directory .*no to write a.jsonl in"),
         ({"count": None}, "give a count or prompts"),
         ({"count": 0}, "count must be at least 1; it is 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
