@@ -6,11 +6,13 @@ also matches "/".
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxopt_models.errors import UserError
 
@@ -101,6 +103,14 @@ def size_in_bits(node: Any) -> int:
     """Bits that the arrays below a node take when stored, packed codes and scales included."""
     arrays = jax.tree.leaves(node)
     return sum(array.size * jax.dtypes.itemsize_bits(array.dtype) for array in arrays)
+
+
+def checksum(arrays: Iterable[Any]) -> int:
+    """CRC-32 of the bytes of all arrays, one after the other."""
+    total = 0
+    for array in arrays:
+        total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), total)
+    return total
 
 
 def bits_per_weight(params: Any) -> float:
