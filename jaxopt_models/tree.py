@@ -134,6 +134,11 @@ def is_decoder_matrix(path: str, leaf: Any) -> bool:
     return inside and leaf.ndim >= 2
 
 
+def key_at(key: jax.Array, path: str) -> jax.Array:
+    """A random key of a path's own: what is drawn there does not depend on which others exist."""
+    return jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(path)) % 2**31)
+
+
 def _example(leaves: list[tuple[str, Any]]) -> str:
     return leaves[len(leaves) // 2][0]
 

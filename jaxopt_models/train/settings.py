@@ -10,6 +10,7 @@
     batch: 8                    # rows of a step, in `parts` parts
     steps: 400
     optimizer: {name: adamw, learning_rate: 1.0e-5, schedule: cosine, warmup: 0.05}
+    adapters: {rank: 16, alpha: 32}   # trained alone, beside frozen weights (LoRA, QLoRA)
     losses: [{kind: forward_kl}]
     evaluation: {text: builtin, windows: 16, every: 100}
 
@@ -18,18 +19,19 @@ Everything but the model, and the recipe or the student, has a default.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 import yaml
-from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import Field, StrictBool, StrictInt, ValidationError
 
 from jaxopt_models.distill.objective import Kind, LogitLoss
 from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import Remat
 from jaxopt_models.qtensor import Gradient
-from jaxopt_models.settings import Strict, explain, first_line, with_override
+from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
+from jaxopt_models.train.adapters import LINEARS, adapter_arrays
 from jaxopt_models.train.leaves import ScaleMode
 from jaxopt_models.train.objectives import QAD, QAT, Term
 
@@ -105,6 +107,15 @@ class Calibration(Strict):
     length: StrictInt = Field(default=512, ge=2)
 
 
+class Adapters(Strict):
+    """See `adapters.with_adapters`; they stay beside their weights unless they are to `merge`."""
+
+    rank: StrictInt = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    match: Globs = Field(default=LINEARS, min_length=1)
+    merge: StrictBool = False
+
+
 class RunSettings(Strict):
     """See the module's docstring.
 
@@ -113,7 +124,10 @@ class RunSettings(Strict):
       begin: masters are the "original" weights, or the values that they were "quantized" to.
       packing: of rows: the text as one "stream", or its "documents", see `documents`.
       parts: of a batch, whose gradients are accumulated.
-      train, freeze: see `trainable.partition`.
+      adapters: are trained beside frozen weights, codes of the recipe or the student's floats; None
+        trains the weights.
+      train, freeze: see `trainable.partition`. To `train` nothing in particular is to train all, or
+        adapters alone; what it matches is trained besides them.
       dtype: of computation; what is trained is float32.
       remat: see `transformer.Remat`.
       mesh: sizes of the axes "data" and "model".
@@ -138,8 +152,9 @@ class RunSettings(Strict):
     optimizer: Optimizer = Optimizer()
     max_norm: float | None = Field(default=1.0, gt=0)
     losses: tuple[LossChoice, ...] = ()
-    train: tuple[str, ...] = ("*",)
-    freeze: tuple[str, ...] = ()
+    adapters: Adapters | None = None
+    train: Globs = ()
+    freeze: Globs = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     mesh: dict[Literal["data", "model"], int] = Field(default_factory=dict)
@@ -148,11 +163,6 @@ class RunSettings(Strict):
     save: StrictInt = Field(default=100, ge=1)
     keep: StrictInt = Field(default=2, ge=1)
     keep_best: StrictBool = True
-
-    @field_validator("train", "freeze", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @classmethod
     def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> "RunSettings":
@@ -183,6 +193,12 @@ class RunSettings(Strict):
             return tuple(choice.term for choice in self.losses)
         return QAT if technique == "qat" else QAD
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Globs on the arrays that are trained, unless `freeze` matches them."""
+        own = () if self.adapters is None else adapter_arrays(self.adapters.match)
+        return (*own, *self.train) or ("*",)
+
     def check(self, technique: Technique) -> None:
         """Refuses settings that do not go with a technique.
 
@@ -200,6 +216,12 @@ class RunSettings(Strict):
             raise UserError(f"{technique} trains the model itself; a 'student' goes with distill")
         if technique == "qad" and not any(t.loss.needs_teacher for t in self.terms(technique)):
             raise UserError("none of the losses reads the teacher; choose qat, or another loss")
+        for name in ("scales", "gradient", "begin") if self.adapters is not None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(
+                    f"{name!r} is of weights that are trained, and adapters learn beside frozen "
+                    "ones; leave out one of them"
+                )
         if self.learn == "assistant" and self.packing != "documents":
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:
