@@ -190,7 +190,8 @@ class PackedBatches:
     anew from `(seed, epoch)`.
 
     Attributes:
-      rows: int32 `[N, T]`, from `pack` or `windows`, or the arrays of `documents.pack_documents`.
+      rows: int32 `[N, T]`, from `pack` or `windows`, or arrays `[N, ...]`, as those of
+        `documents.pack_documents`.
       batch_size: B; may exceed N.
       seed: at least 0.
     """
@@ -204,31 +205,45 @@ class PackedBatches:
 
     def batch(self, step: int) -> Any:
         """Batch number `step`, counted from 0: `[B, T]` of each array."""
+        numbers = self.numbers(step)
+        return jax.tree.map(lambda rows: rows[numbers], self.rows)
+
+    def numbers(self, step: int) -> np.ndarray:
+        """Which rows batch `step` has, int `[B]`."""
         count, start = len(jax.tree.leaves(self.rows)[0]), step * self.batch_size
         first, last = start // count, (start + self.batch_size - 1) // count
         epochs = [_epoch_order(self.seed, epoch, count) for epoch in range(first, last + 1)]
-        order = np.concatenate(epochs)[start - first * count :][: self.batch_size]
-        return jax.tree.map(lambda rows: rows[order], self.rows)
+        return np.concatenate(epochs)[start - first * count :][: self.batch_size]
 
 
-def global_batch(batch: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    """The batch `[B, T]` as one array over the mesh, of which each process holds its own shards.
+def global_batch(
+    rows: np.ndarray, numbers: np.ndarray, mesh: Mesh, spec: PartitionSpec
+) -> jax.Array:
+    """`rows[numbers]` as one array over the mesh, of which each process reads its own shards.
 
-    Every process passes the same whole batch (`PackedBatches` gives all of them the same one), so
-    any `spec` works on any number of hosts.
+    Args:
+      rows: `[N, ...]`, in memory or mapped from a file; the same in every process.
+      numbers: int `[B]`, or `[parts, B]`; likewise.
+      mesh, spec: how the array is split.
 
     Raises:
       UserError: the batch does not divide evenly over the mesh.
     """
-    sharding = NamedSharding(mesh, spec)
+    sharding, shape = NamedSharding(mesh, spec), numbers.shape + rows.shape[1:]
     try:
-        sharding.shard_shape(batch.shape)
+        sharding.shard_shape(shape)
     except ValueError as error:
         raise UserError(
-            f"a batch of shape {batch.shape} does not divide as {spec} over the mesh "
+            f"a batch of shape {shape} does not divide as {spec} over the mesh "
             f"{dict(mesh.shape)}; make the batch size a multiple of the axis it is split over."
         ) from error
-    return jax.make_array_from_process_local_data(sharding, batch, global_shape=batch.shape)
+
+    @functools.cache  # devices that hold the same shard ask for it one after the other
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        own, within = index[: numbers.ndim], index[numbers.ndim :]
+        return rows[numbers[own]][(..., *within)]
+
+    return jax.make_array_from_callback(shape, sharding, read, dtype=rows.dtype)
 
 
 def _check_batch_size(batch_size: int) -> None:

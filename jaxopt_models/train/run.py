@@ -21,6 +21,8 @@ import numpy as np
 from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.distill import teacher_cache
+from jaxopt_models.distill.losses import TopK
 from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
@@ -83,13 +85,16 @@ def train(
     _check_directory(out, described, resume)
     teacher = load(settings.model)
     rows = _rows(teacher, settings)  # first, since quantizing takes long
-    student = _student(technique, settings, teacher, progress)
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
+    terms = settings.terms(technique)
+    needed = any(term.loss.needs_teacher for term in terms)
+    if settings.teacher_cache is not None:
+        rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
+        needed = False
+    student = _student(technique, settings, teacher, progress)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
         student = replace(student, params=shard(student.params, mesh))
-    terms = settings.terms(technique)
-    needed = any(term.loss.needs_teacher for term in terms)
     step, state = _begun(settings, terms, teacher, student)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
@@ -238,16 +243,48 @@ def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
     return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
 
 
-def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any) -> Any:
+def _cached(
+    teacher: Model,
+    rows: dict[str, np.ndarray],
+    terms: Sequence[Term],
+    settings: RunSettings,
+    mesh: Any,
+    progress: Progress,
+) -> TopK:
+    """What the teacher says of all rows, from the cache, which is made if it is not there."""
+    chosen = settings.teacher_cache
+    assert chosen is not None
+    temperature = chosen.temperature([term.loss for term in terms])
+    made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
+    if not Path(chosen.directory).expanduser().exists():
+        config, params = replace(teacher.config, dtype=settings.dtype), _compute(teacher, settings)
+        placed = params if mesh is None else shard(params, mesh)
+        teacher_cache.write(
+            chosen.directory,
+            made_of,
+            replace(teacher, config=config, params=placed),
+            rows,
+            chosen.top_k,
+            batch_size=settings.batch // settings.parts,
+            mesh=mesh,
+            progress=progress,
+        )
+    return teacher_cache.read(chosen.directory, made_of, chosen.top_k)
+
+
+def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Any) -> Any:
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
     spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
 
-    def placed(own: np.ndarray) -> jax.Array:
+    def batch(step: int) -> Any:
+        numbers = stream.numbers(step)
         if settings.parts > 1:
-            own = own.reshape(settings.parts, -1, own.shape[1])
-        return jnp.asarray(own) if mesh is None else data.global_batch(own, mesh, spec)
+            numbers = numbers.reshape(settings.parts, -1)
+        if mesh is None:
+            return jax.tree.map(lambda own: jnp.asarray(own[numbers]), rows)
+        return jax.tree.map(lambda own: data.global_batch(own, numbers, mesh, spec), rows)
 
-    return lambda number: jax.tree.map(placed, stream.batch(number))
+    return batch
 
 
 def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:

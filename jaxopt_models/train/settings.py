@@ -12,6 +12,7 @@
     optimizer: {name: adamw, learning_rate: 1.0e-5, schedule: cosine, warmup: 0.05}
     adapters: {rank: 16, alpha: 32}   # trained alone, beside frozen weights (LoRA, QLoRA)
     losses: [{kind: forward_kl}]
+    teacher_cache: {directory: teacher, top_k: 64}  # if the teacher is to run once, not each step
     evaluation: {text: builtin, windows: 16, every: 100}
 
 Everything but the model, and the recipe or the student, has a default.
@@ -90,6 +91,40 @@ class LossChoice(Strict):
         return Term(loss, self.weight)
 
 
+class TeacherCache(Strict):
+    """Where the teacher's most likely tokens of the text lie, see `distill.teacher_cache`.
+
+    They are found by the first run and read by later ones, of whatever seed, recipe or student.
+
+    Attributes:
+      top_k: how many are kept.
+    """
+
+    directory: str
+    top_k: StrictInt = Field(default=64, ge=1)
+
+    def temperature(self, losses: Sequence[LogitLoss]) -> float:
+        """That of all divergences.
+
+        Raises:
+          UserError: for losses that need more than is kept, none, or several temperatures.
+        """
+        taught = [loss for loss in losses if loss.needs_teacher]
+        for loss in taught:
+            if loss.kind != "forward_kl" or loss.top_k is None or loss.top_k > self.top_k:
+                kind = loss.kind if loss.top_k is None else f"{loss.kind} of top_k {loss.top_k}"
+                raise UserError(
+                    f"{kind} needs more of the teacher than a teacher_cache of top_k {self.top_k} "
+                    f"keeps; choose forward_kl with a top_k of at most {self.top_k}"
+                )
+        if len({loss.temperature for loss in taught}) != 1:
+            raise UserError(
+                "a teacher_cache has one temperature, and the losses that read the teacher have "
+                f"{', '.join(f'{loss.temperature:g}' for loss in taught) or 'none'}"
+            )
+        return taught[0].temperature
+
+
 class Evaluation(Strict):
     """What is measured of the model: windows of a text, every so many steps and at the end."""
 
@@ -152,6 +187,7 @@ class RunSettings(Strict):
     optimizer: Optimizer = Optimizer()
     max_norm: float | None = Field(default=1.0, gt=0)
     losses: tuple[LossChoice, ...] = ()
+    teacher_cache: TeacherCache | None = None
     adapters: Adapters | None = None
     train: Globs = ()
     freeze: Globs = ()
@@ -191,6 +227,8 @@ class RunSettings(Strict):
         """The losses, or the technique's own."""
         if self.losses:
             return tuple(choice.term for choice in self.losses)
+        if technique != "qat" and self.teacher_cache is not None:
+            return (Term(LogitLoss("forward_kl", top_k=self.teacher_cache.top_k)),)
         return QAT if technique == "qat" else QAD
 
     @property
@@ -222,6 +260,8 @@ class RunSettings(Strict):
                     f"{name!r} is of weights that are trained, and adapters learn beside frozen "
                     "ones; leave out one of them"
                 )
+        if self.teacher_cache is not None:
+            self.teacher_cache.temperature([term.loss for term in self.terms(technique)])
         if self.learn == "assistant" and self.packing != "documents":
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:
