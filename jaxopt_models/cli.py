@@ -19,6 +19,7 @@ from typer.exceptions import Abort, Exit, TyperException
 import jaxopt_models as jom
 from jaxopt_models import data, report
 from jaxopt_models.cli_bench import bench
+from jaxopt_models.cli_corpus import corpus
 from jaxopt_models.cli_options import (
     BatchOption,
     CoordinatorOption,
@@ -40,6 +41,7 @@ from jaxopt_models.progress import silent
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
+app.command()(corpus)
 
 
 @app.callback(invoke_without_command=True)

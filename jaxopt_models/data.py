@@ -190,7 +190,8 @@ class PackedBatches:
     anew from `(seed, epoch)`.
 
     Attributes:
-      rows: int32 `[N, T]`, from `pack` or `windows`, or the arrays of `documents.pack_documents`.
+      rows: int32 `[N, T]`, from `pack` or `windows`, or arrays `[N, ...]`, as those of
+        `documents.pack_documents`.
       batch_size: B; may exceed N.
       seed: at least 0.
     """
@@ -204,30 +205,31 @@ class PackedBatches:
 
     def batch(self, step: int) -> Any:
         """Batch number `step`, counted from 0: `[B, T]` of each array."""
-        order = self.order(step)
-        return jax.tree.map(lambda rows: rows[order], self.rows)
+        numbers = self.numbers(step)
+        return jax.tree.map(lambda rows: rows[numbers], self.rows)
 
-    def order(self, step: int) -> np.ndarray:
-        """Which rows make that batch, `[B]`."""
+    def numbers(self, step: int) -> np.ndarray:
+        """Which rows batch `step` has, int `[B]`."""
         count, start = len(jax.tree.leaves(self.rows)[0]), step * self.batch_size
         first, last = start // count, (start + self.batch_size - 1) // count
         epochs = [_epoch_order(self.seed, epoch, count) for epoch in range(first, last + 1)]
         return np.concatenate(epochs)[start - first * count :][: self.batch_size]
 
 
-def global_batch(rows: np.ndarray, order: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
-    """`rows[order]` as one array over the mesh, of which each process reads its own rows only.
+def global_batch(
+    rows: np.ndarray, numbers: np.ndarray, mesh: Mesh, spec: PartitionSpec
+) -> jax.Array:
+    """`rows[numbers]` as one array over the mesh, of which each process reads its own shards.
 
     Args:
-      rows: `[N, ...]`; every process has the same.
-      order: integers `[B]`, or `[parts, B]`, see `PackedBatches.order`; likewise.
-      mesh: of any number of processes.
-      spec: of the result, `[B, ...]` or `[parts, B, ...]`.
+      rows: `[N, ...]`, in memory or mapped from a file; the same in every process.
+      numbers: int `[B]`, or `[parts, B]`; likewise.
+      mesh, spec: how the array is split.
 
     Raises:
       UserError: the batch does not divide evenly over the mesh.
     """
-    sharding, shape = NamedSharding(mesh, spec), (*order.shape, *rows.shape[1:])
+    sharding, shape = NamedSharding(mesh, spec), numbers.shape + rows.shape[1:]
     try:
         sharding.shard_shape(shape)
     except ValueError as error:
@@ -236,11 +238,12 @@ def global_batch(rows: np.ndarray, order: np.ndarray, mesh: Mesh, spec: Partitio
             f"{dict(mesh.shape)}; make the batch size a multiple of the axis it is split over."
         ) from error
 
-    def own(index: Any) -> np.ndarray:
-        chosen, rest = index[: order.ndim], index[order.ndim :]
-        return rows[order[chosen]][(*(slice(None) for _ in chosen), *rest)]
+    @functools.cache  # devices that hold the same shard ask for it one after the other
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        own, within = index[: numbers.ndim], index[numbers.ndim :]
+        return rows[numbers[own]][(..., *within)]
 
-    return jax.make_array_from_callback(shape, sharding, own)
+    return jax.make_array_from_callback(shape, sharding, read, dtype=rows.dtype)
 
 
 def _check_batch_size(batch_size: int) -> None:

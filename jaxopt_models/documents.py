@@ -50,7 +50,7 @@ def read_documents(source: str, tokenizer: Any, learn: Learn = "all") -> list[Do
         assistant's part is to be learnt; source and record are named.
     """
     found = []
-    for number, record in enumerate(_records(source), 1):
+    for number, record in enumerate(records(source), 1):
         try:
             found.append(_document(tokenizer, record, learn))
         except UserError as error:
@@ -58,7 +58,8 @@ def read_documents(source: str, tokenizer: Any, learn: Learn = "all") -> list[Do
     return found
 
 
-def _records(source: str) -> Sequence[Any]:
+def records(source: str) -> Sequence[Any]:
+    """The JSON values of a source's lines, elements or rows; see `read_documents`."""
     if source.startswith("hf:"):
         rows = data.read_dataset(source, "calibration")
         column = next((name for name in ("messages", "text") if name in rows.column_names), None)
@@ -84,7 +85,7 @@ def _json(source: str) -> list[Any]:
             raise UserError(f"{source} holds no list of documents")
         return records
     found = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 ends no line
         if not line.strip():
             continue
         try:
@@ -126,12 +127,12 @@ def _is_message(message: Any) -> bool:
 def _conversation(tokenizer: Any, messages: list[Any], learn: Learn) -> Document:
     if getattr(tokenizer, "chat_template", None) is None:
         raise UserError("the tokenizer has no chat template; give documents as 'text'")
-    tokens = _templated(tokenizer, messages)
+    tokens = templated(tokenizer, messages)
     learnt = np.full(len(tokens), learn == "all")
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     for i in answers if learn == "assistant" else ():
-        asked = _templated(tokenizer, messages[:i], add_generation_prompt=True)
-        answered = _templated(tokenizer, messages[: i + 1])
+        asked = templated(tokenizer, messages[:i], add_generation_prompt=True)
+        answered = templated(tokenizer, messages[: i + 1])
         for part in (asked, answered):
             if not np.array_equal(tokens[: len(part)], part):
                 raise UserError(
@@ -142,7 +143,12 @@ def _conversation(tokenizer: Any, messages: list[Any], learn: Learn) -> Document
     return Document(tokens, learnt)
 
 
-def _templated(tokenizer: Any, messages: list[Any], **options: Any) -> np.ndarray:
+def templated(tokenizer: Any, messages: list[Any], **options: Any) -> np.ndarray:
+    """int32 ids of a conversation in the tokenizer's chat template.
+
+    Raises:
+      UserError: the template refuses it.
+    """
     try:
         found = tokenizer.apply_chat_template(messages, return_dict=False, **options)
     except Exception as error:  # templates are programs of others

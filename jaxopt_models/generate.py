@@ -65,6 +65,7 @@ def generate(
     key: jax.Array | None = None,
     request_ids: list[int] | None = None,
     eos_token_ids: Sequence[int] | None = None,
+    max_prompt_tokens: int = 1,
 ) -> Generation:
     """Continues prompts.
 
@@ -78,6 +79,8 @@ def generate(
       request_ids: identity of each row, which its noise is keyed by; 0, 1, … by default. A request
         gets the same tokens in every batch.
       eos_token_ids: ids that end a row; the model's own by default.
+      max_prompt_tokens: prompts that buffers have room for at least. Batches of the same room share
+        one compilation, however long their prompts are.
 
     Returns:
       `Generation`.
@@ -90,7 +93,7 @@ def generate(
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     sampler = make_sampler(len(prompts), key=key, request_ids=request_ids, **options)
     stops = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    state = start(config, params, prompts, max_new_tokens, sampler, stops)
+    state = start(config, params, prompts, max_new_tokens, sampler, stops, max_prompt_tokens)
     state = decode_loop(config, params, state, sampler, stops)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
     new = [tokens[i, len(p) : ends[i]].tolist() for i, p in enumerate(prompts)]
@@ -104,11 +107,12 @@ def start(
     max_new_tokens: int,
     sampler: Sampler,
     stops: tuple[int, ...],
+    max_prompt_tokens: int = 1,
 ) -> DecodeState:
     """Runs the prompts and chooses each row's first token."""
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-    width = _round_up(int(lengths.max()))
-    capacity = _round_up(int(lengths.max()) + max_new_tokens)
+    longest = max(int(lengths.max()), max_prompt_tokens)
+    width, capacity = _round_up(longest), _round_up(longest + max_new_tokens)
     buffer = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(buffer, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -82,6 +82,30 @@ def embed(tokens: jax.Array, weight: Any, dtype: Any) -> jax.Array:
     return table[tokens].astype(dtype)
 
 
+def effective_weight(weight: Any) -> jax.Array:
+    """The matrix M of `linear(x, weight) = x Mᵀ`, how inputs are rounded left out.
+
+        M = hadamard(Ŵ + up · down, rotate) · pre_scale
+
+    Args:
+      weight: array, `QTensor`, `FakeTensor` or `DenseTensor` standing for [..., N, K].
+
+    Returns:
+      float32 [..., N, K].
+    """
+    if not isinstance(weight, QTensor | FakeTensor | DenseTensor):
+        return weight.astype(jnp.float32)
+    matrix = weight.dequantize(jnp.float32)
+    if weight.low_rank is not None:
+        matrix = matrix + weight.low_rank.product()
+    if weight.rotate:
+        matrix = hadamard(matrix, weight.rotate)
+    if weight.pre_scale is not None:
+        columns = weight.pre_scale.astype(jnp.float32)
+        matrix = matrix * columns.reshape((1,) * (matrix.ndim - 1) + (-1,))
+    return matrix
+
+
 def _product(
     x: jax.Array, weight: Any, dot: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:

@@ -46,7 +46,7 @@ class InputQuantizer:
 
 @struct.dataclass
 class LowRank:
-    """A high-precision correction `x @ down.T @ up.T` beside a quantized product.
+    """A high-precision part `x @ down.T @ up.T` beside a product: a correction, or an adapter.
 
     Attributes:
       down: [R, K].
@@ -55,6 +55,11 @@ class LowRank:
 
     down: jax.Array
     up: jax.Array
+
+    def product(self) -> jax.Array:
+        """`up · down`, float32 [..., N, K]: what is added to the weight."""
+        up, down = (part.astype(jnp.float32) for part in (self.up, self.down))
+        return jnp.matmul(up, down, precision="highest")
 
 
 @struct.dataclass
@@ -119,7 +124,8 @@ class QTensor(WeightLeaf):
 
 @struct.dataclass
 class DenseTensor(WeightLeaf):
-    """A float weight behind the input steps of a `QTensor`, for optimising what it will become.
+    """A float weight behind the input steps of a `QTensor`: optimised as what it will become, or
+    frozen beside an adapter.
 
     Attributes:
       weight: [..., N, K], of the rotated space.

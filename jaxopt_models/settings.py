@@ -2,12 +2,19 @@
 
 import copy
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from jaxopt_models.errors import UserError
+
+
+def _one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+type Globs = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]  # written as one or a list
 
 
 class Strict(BaseModel):

@@ -12,6 +12,7 @@ weight [..., N, K] that a leaf stands for, and each array of the leaf gets what 
     global_scale, input          replicated
 
     FakeTensor   [..., N, K]     P(..., n, k)     scales and learnt amax like a QTensor's
+    DenseTensor  [..., N, K]     P(..., n, k)     low_rank and the other input steps likewise
 
     PackedTensor [N, K]          P(n, k)
     codes, scales [N, …]         P(n, k)          or [N/16, …], [N/128, …]
@@ -36,7 +37,7 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.packed import PackedTensor
-from jaxopt_models.qtensor import LowRank, QTensor
+from jaxopt_models.qtensor import DenseTensor, LowRank, QTensor
 from jaxopt_models.sharding_rules import DEFAULT_RULES, TRAINING_RULES, Rules
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path, matches
 from kernels_pallas import EightBit
@@ -174,6 +175,8 @@ def _leaf_specs(leaf: Any, spec: tuple[Any, ...], mesh: Mesh) -> Any:
         return _fake_specs(leaf, spec, mesh)
     if isinstance(leaf, PackedTensor):
         return _packed_specs(leaf, spec, mesh)
+    if isinstance(leaf, DenseTensor):
+        return _dense_specs(leaf, spec, mesh)
     if not is_leaf(leaf):
         return P(*_kept(spec, leaf.shape, mesh))
     # Any other leaf kind: what has the weight's own extents is split like it (masks, masters).
@@ -211,6 +214,11 @@ def _fake_specs(fake: FakeTensor, spec: tuple[Any, ...], mesh: Mesh) -> FakeTens
     )
 
 
+def _dense_specs(dense: DenseTensor, spec: tuple[Any, ...], mesh: Mesh) -> DenseTensor:
+    *lead, rows, columns = spec = _kept(spec, dense.shape, mesh)
+    return replace(_input_specs(dense, lead, rows, columns), weight=P(*spec))
+
+
 def _by_tiles[Leaf: QTensor | FakeTensor](
     leaf: Leaf, spec: tuple[Any, ...], mesh: Mesh
 ) -> tuple[tuple[Any, ...], Callable[[Any], P], Leaf]:
@@ -239,7 +247,7 @@ def _packed_specs(packed: PackedTensor, spec: tuple[Any, ...], mesh: Mesh) -> Pa
     return replace(_input_specs(packed, [], rows, columns), weight=specs)
 
 
-def _input_specs[Leaf: QTensor | FakeTensor | PackedTensor](
+def _input_specs[Leaf: QTensor | FakeTensor | PackedTensor | DenseTensor](
     leaf: Leaf, lead: Sequence[Any], rows: Any, columns: Any
 ) -> Leaf:
     """The leaf with specs of its input steps, of a weight that is split by rows and columns."""

@@ -14,6 +14,7 @@ References: Shoeybi et al. 2019, arXiv:1909.08053 (model); Rajbhandari et al. 20
 
 from collections.abc import Mapping
 
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 # A tuple of specs is an order of preference: the first that splits evenly all that it names.
@@ -68,3 +69,8 @@ TRAINING_RULES: dict[str, P | tuple[P, ...]] = {
         for name in _SECOND_EXPERTS
     },
 }
+
+
+def rows_spec(mesh: Mesh) -> P:
+    """The spec of rows that are split over all that a mesh has of `BATCH`."""
+    return P(tuple(axis for axis in BATCH if axis in mesh.shape))

@@ -6,11 +6,13 @@ also matches "/".
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxopt_models.errors import UserError
 
@@ -103,6 +105,14 @@ def size_in_bits(node: Any) -> int:
     return sum(array.size * jax.dtypes.itemsize_bits(array.dtype) for array in arrays)
 
 
+def checksum(arrays: Iterable[Any]) -> int:
+    """CRC-32 of the bytes of all arrays, one after the other."""
+    total = 0
+    for array in arrays:
+        total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), total)
+    return total
+
+
 def bits_per_weight(params: Any) -> float:
     """Stored bits over represented weights of the matrices inside decoder layers.
 
@@ -122,6 +132,11 @@ def is_decoder_matrix(path: str, leaf: Any) -> bool:
     """True for the matrices of decoder layers, routers excepted."""
     inside = path.startswith("layers/") and path.endswith("_proj/weight")
     return inside and leaf.ndim >= 2
+
+
+def key_at(key: jax.Array, path: str) -> jax.Array:
+    """A random key of a path's own: what is drawn there does not depend on which others exist."""
+    return jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(path)) % 2**31)
 
 
 def _example(leaves: list[tuple[str, Any]]) -> str:

@@ -64,7 +64,10 @@ def add_rms_norm(
 
 
 def silu_mul(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """`gate · sigmoid(gate) · up` [..., K]; the kernel rounds once, XLA may after each factor."""
+    """`gate · sigmoid(gate) · up` [..., K]; the kernel rounds once, XLA may after each factor.
+
+    It reads them as one array: the two halves of one product are not copied, others are.
+    """
     return _rows(_Step("silu_mul"), [gate, up], ())
 
 
@@ -155,9 +158,11 @@ def step_kernel(step: _Step, *arrays: jax.Array, interpret: bool = False) -> Any
       ValueError: for other arrays.
     """
     check_kernel(*arrays)
-    (m, k), views = arrays[0].shape, [by_blocks(array) for array in arrays]
+    (m, k), split = arrays[0].shape, step.kind == "silu_mul"
+    if split:  # XLA finds that slices of one product make up that product
+        arrays = (jnp.concatenate(arrays, axis=1),)
+    views = [by_blocks(array) for array in arrays]
     out = jax.ShapeDtypeStruct((m, k // BLOCK, BLOCK), jnp.bfloat16)
-    split = step.kind == "silu_mul"
     parts = [len(pieces(k // BLOCK, most=2 * LEAST_BLOCKS))] if split else []
     found = plgpu.kernel(
         _silu_mul if split else partial(_norm, step, interpret),
@@ -194,8 +199,10 @@ def _norm(step: _Step, interpret: bool, *references: Any) -> None:
             ref[row, part] = result.astype(ref.dtype)
 
 
-def _silu_mul(gate: Any, up: Any, out: Any) -> None:
+def _silu_mul(gate_up: Any, out: Any) -> None:
     row, blocks = lax.axis_index("row"), out.shape[1] // lax.axis_size("part")
-    part = pl.ds(lax.axis_index("part") * blocks, blocks)
-    value = silu(read(gate.at[row, part])) * read(up.at[row, part])
-    out[row, part] = value.astype(out.dtype)
+    first = lax.axis_index("part") * blocks
+    gate, up = (
+        read(gate_up.at[row, pl.ds(half * out.shape[1] + first, blocks)]) for half in (0, 1)
+    )
+    out[row, pl.ds(first, blocks)] = (silu(gate) * up).astype(out.dtype)

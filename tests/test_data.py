@@ -213,19 +213,34 @@ def test_epochs_and_seeds_are_shuffled_differently():
     assert (data.PackedBatches(rows, 64, seed=1).batch(0) != first).any()
 
 
-def test_global_batch_is_split_over_the_mesh():
+@pytest.mark.parametrize("spec", [P("data"), P("data", "model"), P(None, "model"), P()])
+def test_global_batch_is_split_over_the_mesh(spec):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    rows, order = np.arange(40, dtype=np.int32).reshape(10, 4), np.array([7, 1, 9, 0, 0, 3, 4, 8])
-    array = data.global_batch(rows, order, mesh, P("data"))
-    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 4)}
-    np.testing.assert_array_equal(np.asarray(array), rows[order])
-    parts = order.reshape(2, 4)
-    array = data.global_batch(rows, parts, mesh, P(None, "data", "model"))
-    assert {shard.data.shape for shard in array.addressable_shards} == {(2, 1, 2)}
-    np.testing.assert_array_equal(np.asarray(array), rows[parts])
+    rows = np.arange(96, dtype=np.uint16).reshape(12, 4, 2)
+    for numbers in (np.array([7, 0, 11, 3, 3, 9, 1, 2]), np.arange(11, 3, -1).reshape(4, 2)):
+        array = data.global_batch(rows, numbers, mesh, spec)
+        whole = rows[numbers]
+        assert array.dtype == np.uint16 and array.sharding == jax.NamedSharding(mesh, spec)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, whole[shard.index])
+
+
+def test_each_shard_is_read_once_and_nothing_else():
+    """So that processes of a distributed run read their own rows of a file only."""
+    read = []
+
+    class Rows(np.ndarray):
+        def __getitem__(self, index):
+            read.append(index)
+            return np.asarray(self)[index]
+
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rows = np.arange(48).reshape(12, 4).astype(np.int32).view(Rows)
+    data.global_batch(rows, np.array([7, 0, 11, 3]), mesh, P("data"))
+    assert sorted(int(numbers[0]) for numbers in read) == [0, 3, 7, 11]
 
 
 def test_global_batch_that_does_not_divide_is_refused():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     with pytest.raises(UserError, match=r"\(6, 4\) does not divide .*'data': 8"):
-        data.global_batch(np.zeros((6, 4), np.int32), np.arange(6), mesh, P("data"))
+        data.global_batch(np.zeros((9, 4), np.int32), np.arange(6), mesh, P("data"))

@@ -53,6 +53,8 @@ def test_every_kind_of_file_holds_the_same(chat, tmp_path, monkeypatch):
             "<system>be brief\n<user>one\n<assistant>two\n<user>three\n<assistant>four\n",
         ]
         assert all(one.learnt.all() and one.tokens.dtype == np.int32 for one in found)
+    (line,) = read_documents(_file(tmp_path, "lines.jsonl", '{"text": "a\u2028b"}'), chat)
+    assert chat.decode(line.tokens) == "a\u2028b"
     (whole,) = read_documents(_file(tmp_path, "some.txt", "one\n\ntwo"), chat)
     assert chat.decode(whole.tokens) == "one\n\ntwo"
 

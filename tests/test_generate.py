@@ -133,6 +133,15 @@ def test_a_row_gets_the_same_tokens_alone_and_in_any_batch(options):
     assert backwards == together[::-1]
 
 
+def test_room_for_longer_prompts_changes_no_token_and_saves_compilations():
+    options: dict[str, Any] = {"max_new_tokens": 16, "request_ids": [2], **SAMPLED}
+    compilations = decode_loop._cache_size  # pyright: ignore[reportAttributeAccessIssue]
+    before = compilations()
+    roomy = [run(LLAMA, [prompt], max_prompt_tokens=150, **options) for prompt in PROMPTS]
+    assert compilations() == before + 1
+    assert roomy == [run(LLAMA, [prompt], **options) for prompt in PROMPTS]
+
+
 def test_experts_treat_a_row_alike_alone_and_in_any_batch():
     config = MODELS["mixtral"]
     together = run(config, PROMPTS, max_new_tokens=16, **SAMPLED)

@@ -339,7 +339,8 @@ def test_8_bits_split_over_devices(recipe):
 
     run = jax.jit(partial(forward, config))
     found, expected = run(shard(prepared, mesh), TOKENS), run(prepared, TOKENS)
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    # A sum in another order may carry an activation over to the neighboring code.
+    np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_a_block_is_not_split():

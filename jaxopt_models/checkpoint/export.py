@@ -1,8 +1,8 @@
 """Writes models for other programs: Hugging Face directories of safetensors.
 
-Layout "bf16" holds weights and nothing else: a quantized weight becomes the bfloat16 rounding of
-what it computes with, `hadamard(dequantize(codes) + up @ down) * pre_scale`, so its low-rank
-correction and the scale and rotation of its inputs are folded in. How inputs are rounded at run
+Layout "bf16" holds weights and nothing else: a quantized weight, or a float one with an adapter,
+becomes the bfloat16 rounding of what it computes with (`ops.effective_weight`), so its low-rank
+part and the scale and rotation of its inputs are folded in. How inputs are rounded at run
 time (`QTensor.input`) and how keys and values are stored (`kv_cache`) have no place in such a
 directory and are left out: logits differ from the quantized model's by that much.
 """
@@ -22,13 +22,13 @@ from jaxopt_models.checkpoint.hf_names import hf_names
 from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.checkpoint.weights import as_weight
 from jaxopt_models.errors import UserError
-from jaxopt_models.hadamard import hadamard
 from jaxopt_models.inference import refuse_prepared
 from jaxopt_models.kv_quantizer import without_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import abstract_params
-from jaxopt_models.qtensor import QTensor
+from jaxopt_models.ops import effective_weight
+from jaxopt_models.qtensor import DenseTensor, QTensor
 from jaxopt_models.tree import is_leaf, leaves_with_paths
 
 _LAYOUTS = ("bf16",)
@@ -109,31 +109,19 @@ def _shape(shape: tuple[int, ...] | None) -> str:
 def _tensors(config: ModelConfig, params: Any) -> Iterator[tuple[str, np.ndarray]]:
     """Names and bfloat16 values, one leaf in memory at a time; stacked experts one by one."""
     for path, leaf in leaves_with_paths(params):
-        if is_leaf(leaf) and not isinstance(leaf, QTensor):
+        if is_leaf(leaf) and not isinstance(leaf, QTensor | DenseTensor):
             raise UserError(
                 f"tensor {path!r} is a {type(leaf).__name__}, which layout 'bf16' cannot hold; "
                 "turn it into an array or a quantized array first"
             )
-        array = as_weight(f"tensor {path!r}", np.asarray(_effective_weight(leaf)), None)
+        array = as_weight(f"tensor {path!r}", np.asarray(_exported(leaf)), None)
         names = hf_names(config, path)
         yield from zip(names, array if array.ndim == 3 else [array], strict=True)
 
 
 @jax.jit
-def _effective_weight(leaf: Any) -> jax.Array:
-    """The bfloat16 matrix by which a leaf multiplies inputs; [..., N, K]."""
-    if not isinstance(leaf, QTensor):
-        return leaf.astype(jnp.bfloat16)
-    weight = leaf.dequantize(jnp.float32)
-    if leaf.low_rank is not None:
-        up, down = (part.astype(jnp.float32) for part in (leaf.low_rank.up, leaf.low_rank.down))
-        weight = weight + jnp.matmul(up, down, precision="highest")
-    if leaf.rotate:
-        weight = hadamard(weight, leaf.rotate)
-    if leaf.pre_scale is not None:
-        columns = leaf.pre_scale.astype(jnp.float32)
-        weight = weight * columns.reshape((1,) * (weight.ndim - 1) + (-1,))
-    return weight.astype(jnp.bfloat16)
+def _exported(leaf: Any) -> jax.Array:
+    return effective_weight(leaf).astype(jnp.bfloat16)
 
 
 def _config_json(config: ModelConfig) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class TopK:
     """The k most likely tokens of a teacher, at a temperature, and what is left for all others.
 
     Attributes:
-      indices: int32 [..., k].
+      indices: int32 [..., k], the most likely first.
       log_probs: float32 [..., k], log p.
       tail: float32 [...], log of the others' probability together; -inf if there are none.
     """
@@ -82,6 +82,27 @@ def top_k(teacher: jax.Array, k: int, temperature: float = 1.0) -> TopK:
     log_p = _log_softmax(teacher, temperature)
     log_probs, indices = jax.lax.top_k(log_p, k)
     return TopK(indices, log_probs, _others(log_p, indices))
+
+
+def narrowed(known: TopK, k: int) -> TopK:
+    """The k most likely of the known tokens; the rest joins the others. As if found with that k."""
+    count = known.indices.shape[-1]
+    if not 0 < k <= count:
+        raise UserError(f"top_k is {k}, and {count} tokens of the teacher are known; choose fewer")
+    rest = [known.log_probs[..., k:], known.tail[..., None]]
+    tail = jax.nn.logsumexp(jnp.concatenate(rest, axis=-1), axis=-1)
+    return TopK(known.indices[..., :k], known.log_probs[..., :k], tail)
+
+
+def widened(known: TopK) -> TopK:
+    """Known tokens that were stored in narrower dtypes, in those of `TopK`.
+
+    Rounded probabilities do not sum to one, and a divergence from what does not is not zero where
+    the student agrees, and may be below. So all are divided by their sum.
+    """
+    log_probs, tail = (x.astype(jnp.float32) for x in (known.log_probs, known.tail))
+    total = jax.nn.logsumexp(jnp.concatenate([log_probs, tail[..., None]], axis=-1), axis=-1)
+    return TopK(known.indices.astype(jnp.int32), log_probs - total[..., None], tail - total)
 
 
 def top_k_kl(student: jax.Array, teacher: TopK, temperature: float = 1.0) -> jax.Array:

@@ -1,12 +1,9 @@
-"""Losses summed over a batch, a piece of the logits at a time.
+"""Losses summed over a batch, a piece of the logits at a time (`pieces`).
 
-Logits [B, T, V] are the largest array of training by far: 32 sequences of 2048 tokens have 31 GiB
-of them with a vocabulary of 128k, for the student, for the teacher, and for each one's gradient.
-Here they exist for a few positions of each row only. Of a piece, its gradients are made at once
-along with its loss, so that nothing is computed twice.
+That goes for the student's, for the teacher's, and for each one's gradient. Of a piece, its
+gradients are made at once along with its loss, so that nothing is computed twice.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +17,10 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxopt_models.distill import losses
 from jaxopt_models.distill.losses import TopK
+from jaxopt_models.distill.pieces import cut, joined, piece_length
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
-
-_ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
 
 Kind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
 
@@ -38,7 +34,7 @@ class LogitLoss:
       temperature: of both, for divergences.
       beta: share of the teacher in Jensen-Shannon's mixture.
       top_k: for the forward divergence: how many of the teacher's tokens are told apart; None is
-        all.
+        all that are known.
     """
 
     kind: Kind
@@ -59,7 +55,10 @@ class LogitLoss:
     def at(
         self, student: jax.Array, teacher: jax.Array | TopK | None, targets: jax.Array
     ) -> jax.Array:
-        """The loss at each position, float32 [...], of logits [..., V] and targets [...]."""
+        """The loss at each position, float32 [...], of logits [..., V] and targets [...].
+
+        A `TopK` is at this temperature, in any dtypes.
+        """
         if self.kind == "cross_entropy":
             return losses.cross_entropy(student, targets)
         if teacher is None:
@@ -70,7 +69,10 @@ class LogitLoss:
                     f"{self.kind} needs all of the teacher's logits, and only its most likely "
                     "tokens are known; choose forward_kl"
                 )
-            return losses.top_k_kl(student, teacher, self.temperature)
+            known = losses.widened(teacher)
+            if self.top_k is not None:
+                known = losses.narrowed(known, self.top_k)
+            return losses.top_k_kl(student, known, self.temperature)
         if self.top_k is not None:
             known = losses.top_k(teacher, self.top_k, self.temperature)
             return losses.top_k_kl(student, known, self.temperature)
@@ -134,8 +136,7 @@ def summed_losses(
             f"{student.config.vocab_size}; choose models that share a tokenizer"
         )
     batch, length = tokens.shape
-    if piece is None:
-        piece = max(1, _ENTRIES // (batch * student.config.vocab_size))
+    piece = piece or piece_length(batch, length, student.config.vocab_size)
     targets, learnt = (jnp.roll(x, -1, axis=1) for x in (tokens, mask.astype(jnp.float32)))
     known = _Known(weights, teacher, targets, learnt.at[:, -1].set(0.0))
     plan = _Plan(tuple(terms), student.config, min(piece, length))
@@ -194,8 +195,7 @@ def _forward(plan: _Plan, head: Any, hidden: Any, known: Any) -> tuple[Any, Any]
     zeros = [jnp.zeros(leaves[i].shape, jnp.float32) for i in trained]
     start = jnp.float32(0.0), jnp.zeros(len(plan.terms)), zeros
     (total, sums, of_head), of_hidden = lax.scan(one, start, _pieces(plan, hidden, known))
-    of_hidden = jnp.moveaxis(of_hidden, 0, 1)
-    of_hidden = of_hidden.reshape(hidden.shape[0], -1, hidden.shape[2])[:, : hidden.shape[1]]
+    of_hidden = joined(of_hidden, hidden.shape[1])
     of_head = [part.astype(leaves[i].dtype) for i, part in zip(trained, of_head, strict=True)]
     return (total, sums), (with_trained(of_head, [None] * len(leaves)), of_hidden)
 
@@ -234,12 +234,5 @@ def _piece_sums(
 def _pieces(plan: _Plan, hidden: jax.Array, known: _Known) -> tuple[Any, ...]:
     """(states, targets, learnt, of the teacher), each array [pieces, B, piece, ...]."""
     teacher = known.teacher.hidden if isinstance(known.teacher, Predictor) else known.teacher
-
-    def cut(array: jax.Array) -> jax.Array:
-        batch, length, *rest = array.shape
-        count = math.ceil(length / plan.piece)
-        padding = [(0, 0), (0, count * plan.piece - length), *[(0, 0)] * len(rest)]
-        pieces = jnp.pad(array, padding).reshape(batch, count, plan.piece, *rest)
-        return jnp.moveaxis(pieces, 1, 0)
-
-    return jax.tree.map(cut, (hidden, known.targets, known.learnt, teacher))
+    arrays = hidden, known.targets, known.learnt, teacher
+    return jax.tree.map(lambda array: cut(array, plan.piece), arrays)

@@ -99,9 +99,8 @@ def init(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Any:
         if path.endswith("bias"):
             return jnp.zeros(shape.shape, dtype)
         scale = 0.02 if path.startswith("embed") else shape.shape[-1] ** -0.5
-        # Keyed by path, so that a tensor's values do not depend on which others exist.
-        own = jax.random.fold_in(key, sum(ord(c) * 31**i for i, c in enumerate(path)) % 2**31)
-        return (jax.random.normal(own, shape.shape, jnp.float32) * scale).astype(dtype)
+        drawn = jax.random.normal(tree.key_at(key, path), shape.shape, jnp.float32)
+        return (drawn * scale).astype(dtype)
 
     return tree.map_with_path(leaf, abstract_params(config, dtype))
 

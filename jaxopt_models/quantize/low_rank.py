@@ -56,4 +56,4 @@ def low_rank(weight: jax.Array, rank: int, second_moment: jax.Array | None = Non
 
 def residual(weight: jax.Array, correction: LowRank) -> jax.Array:
     """W - up · down, float32 [N, K]: what is left to quantize."""
-    return weight - jnp.matmul(correction.up, correction.down, precision="highest")
+    return weight - correction.product()

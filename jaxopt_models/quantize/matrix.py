@@ -19,7 +19,7 @@ from jaxopt_models.hadamard import hadamard
 from jaxopt_models.numerics import Scales
 from jaxopt_models.qtensor import LowRank, QTensor, from_grid_values
 from jaxopt_models.quantize.gptq import gptq
-from jaxopt_models.quantize.low_rank import low_rank
+from jaxopt_models.quantize.low_rank import low_rank, residual
 from jaxopt_models.quantize.method import Method
 from jaxopt_models.quantize.scales import search_scales
 from jaxopt_models.statistics import InputStatistics
@@ -69,7 +69,7 @@ def prepare(weight: jax.Array, method: Method, factors: jax.Array | None) -> Pre
     if not method.low_rank:
         return Prepared(weight, None, dtype)
     correction = _stacked(weight.ndim, partial(low_rank, rank=method.low_rank))(weight)
-    return Prepared(weight - _restored(correction), correction, dtype)
+    return Prepared(residual(weight, correction), correction, dtype)
 
 
 @partial(jax.jit, static_argnames="method")
@@ -133,7 +133,7 @@ def assemble(
     original = weight
     restored = leaf.dequantize(jnp.float32)
     if prepared.low_rank is not None:
-        removed = _restored(prepared.low_rank)
+        removed = prepared.low_rank.product()
         original, restored = original + removed, restored + removed
     output_error = jnp.float32(jnp.nan)
     if statistics is not None and statistics.sample is not None:
@@ -190,10 +190,6 @@ def _stacked(ndim: int, function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.vmap(lambda w, rest: function(w, **rest))(weight, arrays)
 
     return each
-
-
-def _restored(correction: LowRank) -> jax.Array:
-    return jnp.matmul(correction.up, correction.down, precision="highest")
 
 
 def _rows_times(rows: jax.Array, weight: jax.Array) -> jax.Array:

@@ -28,16 +28,16 @@ from pydantic import (
     StrictBool,
     StrictInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.hadamard import largest_block
+from jaxopt_models.qtensor import DenseTensor
 from jaxopt_models.quantize.kv import KVChoice
 from jaxopt_models.quantize.method import Method
-from jaxopt_models.settings import Strict, explain, first_line, with_override
+from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
 
 _SKIP = ("lm_head/*", "embed_tokens/*", "*/router/*")
 
@@ -45,12 +45,7 @@ _SKIP = ("lm_head/*", "embed_tokens/*", "*/router/*")
 class Rule(Method):
     """What happens to the matrices that `match` selects."""
 
-    match: tuple[str, ...] = Field(min_length=1)
-
-    @field_validator("match", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    match: Globs = Field(min_length=1)
 
     @property
     def method(self) -> Method:
@@ -181,6 +176,8 @@ class Recipe(Strict):
         chosen = {path: self._last_match(path) for path in matrices}
         plan = {path: rule for path, rule in chosen.items() if rule and rule.weight}
         for path, rule in plan.items():
+            if isinstance(matrices[path], DenseTensor):
+                raise UserError(f"{path} has an adapter; fold it in with adapters.merged first")
             if tree.is_leaf(matrices[path]):
                 raise UserError(f"{path} is already quantized; start from the original model")
             _check_fits(path, matrices[path].shape, rule)

@@ -7,7 +7,6 @@ DIR/layer_0007.json     written last: its structure, its rows, a checksum of wha
 
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -24,6 +23,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.recipe import Recipe
+from jaxopt_models.tree import checksum
 
 
 def signature(
@@ -39,8 +39,8 @@ def signature(
         {
             "config": config.to_json(),
             "recipe": recipe.model_dump(mode="json"),
-            "text": [[list(batch.shape), _checksum([batch])] for batch in batches],
-            "embedding": _checksum(jax.tree.leaves(embedding)) if batches else None,
+            "text": [[list(batch.shape), checksum([batch])] for batch in batches],
+            "embedding": checksum(jax.tree.leaves(embedding)) if batches else None,
             "jax": jax.__version__,
         },
         sort_keys=True,
@@ -97,7 +97,7 @@ class LayerStore:
             entry = json.loads(path.read_text())
             with path.with_suffix(".npz").open("rb") as raw, np.load(raw) as file:
                 flat = [file[str(i)] for i in range(len(file.files))]
-            if _checksum(flat) != entry["arrays"]:
+            if checksum(flat) != entry["arrays"]:
                 raise ValueError("its arrays have another checksum")
             abstract = leaf_kinds.build(entry["layer"])
             like, structure = jax.tree.flatten(abstract)
@@ -105,7 +105,7 @@ class LayerStore:
             rows = [TensorReport(**row | {"shape": tuple(row["shape"])}) for row in entry["rows"]]
         except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
             raise UserError(f"{path}: damaged ({error}); remove {self.directory}") from error
-        if entry["source"] != _checksum(jax.tree.leaves(source)):
+        if entry["source"] != checksum(jax.tree.leaves(source)):
             raise UserError(
                 f"{path}: was made of other weights; remove {self.directory} to start anew"
             )
@@ -119,8 +119,8 @@ class LayerStore:
         entry = {
             "layer": leaf_kinds.describe(shapes),
             "rows": [asdict(row) for row in rows],
-            "source": _checksum(jax.tree.leaves(source)),
-            "arrays": _checksum(flat),
+            "source": checksum(jax.tree.leaves(source)),
+            "arrays": checksum(flat),
         }
         scratch = path.with_suffix(f".tmp-{os.getpid()}.npz")
         arrays: dict[str, Any] = {str(i): array for i, array in enumerate(flat)}
@@ -145,10 +145,3 @@ def _raw(array: Any) -> np.ndarray:
 
 def _viewed(raw: np.ndarray, like: jax.ShapeDtypeStruct) -> np.ndarray:
     return raw.view(like.dtype).reshape(like.shape)
-
-
-def _checksum(arrays: Sequence[Any]) -> int:
-    total = 0
-    for array in arrays:
-        total = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), total)
-    return total

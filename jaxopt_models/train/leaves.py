@@ -122,8 +122,7 @@ def _in_its_space(weight: jax.Array, q: QTensor) -> tuple[jax.Array, jax.Array, 
     if q.rotate:
         master = hadamard(master, q.rotate)
     if q.low_rank is not None:
-        down, up = (part.astype(jnp.float32) for part in (q.low_rank.down, q.low_rank.up))
-        master = master - jnp.matmul(up, down, precision="highest")
+        master = master - q.low_rank.product()
     rounded = q.dequantize(jnp.float32)
 
     def share(part: jax.Array, whole: jax.Array) -> jax.Array:

@@ -54,8 +54,9 @@ def next_token_loss(
       (params, context, batch, step) -> `Sums`. The context is the teacher's parameters, or None.
       The batch has "tokens" int32 [B, T]; "mask" [B, T], 1 for tokens to learn, if not all of them;
       "starts" int32 [B, T], where in its row the document of each token begins, if there are
-      several, whose first tokens are not learnt; and "teacher", a `TopK` of [B, T, k], in place of
-      the context. The sum of each kind of loss is among the others, by its name.
+      several, whose first tokens are not learnt; and "teacher", a `TopK` of [B, T, k] in any
+      dtypes, in place of the context. The sum of each kind of loss is among the others, by its
+      name.
 
     Raises:
       UserError: for no terms, or two of one name.

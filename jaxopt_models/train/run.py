@@ -3,7 +3,8 @@
 OUT/run.json       the settings
 OUT/states/        checkpoints of training
 OUT/log.jsonl      metrics
-OUT/model/         the result, a checkpoint that `load` reads: quantized leaves, or float ones
+OUT/model/         the result, a checkpoint that `load` reads: quantized leaves, or float ones,
+                    with adapters beside them or merged
 
 Several processes run it together (`distributed`), each with the same arguments and one file system
 among them; the first one writes.
@@ -13,6 +14,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from jax.sharding import PartitionSpec as P
 from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.distill import teacher_cache
+from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distributed import agree
 from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
@@ -37,11 +41,12 @@ from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, place, shard
 from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES
+from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
-from jaxopt_models.train.settings import RunSettings, Technique
+from jaxopt_models.train.settings import Adapters, RunSettings, Technique
 from jaxopt_models.train.step import TrainState, make_train_step, start
 from jaxopt_models.train.trainable import combine, partition
 
@@ -72,6 +77,7 @@ def train(
     Args:
       technique: "qat" and "qad" train under the recipe's quantization, for the text or for what the
         unquantized model says; "distill" trains a student, unquantized, for what the model says.
+        With adapters, the first two are QLoRA and the last is LoRA.
       settings: see `settings`.
       out: directory to create; see above.
       resume: goes on with a directory of the same settings where it stopped.
@@ -89,12 +95,15 @@ def train(
     agree(described | {"out": str(out), "resume": resume})
     teacher = load(settings.model)
     rows = _rows(teacher, settings)  # first, since quantizing takes long
+    terms = settings.terms(technique)
+    needed = any(term.loss.needs_teacher for term in terms)
+    if settings.teacher_cache is not None:
+        rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
+        needed = False
     student = _student(technique, settings, teacher, progress)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
         student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
-    terms = settings.terms(technique)
-    needed = any(term.loss.needs_teacher for term in terms)
     step, state = _begun(settings, terms, teacher, student, mesh)
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
@@ -115,7 +124,7 @@ def train(
             log=log,
             progress=progress,
         )
-    model = replace(student, params=_finished(state.params, teacher.params))
+    model = replace(student, params=_finished(state.params, teacher.params, settings))
     provenance = {"source": teacher.source, "run": described}
     save(
         out / "model",
@@ -152,7 +161,7 @@ def _begun(
     """The step, and the state before the first one."""
     config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
     optimizer = settings.optimizer.transformation(settings.steps)
-    state = start(student.params, optimizer, settings.train, settings.freeze)
+    state = start(student.params, optimizer, settings.trained, settings.freeze)
     rows = places = None
     if mesh is not None:
         rows = NamedSharding(mesh, P(BATCH))
@@ -184,43 +193,68 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
 def _student(
     technique: Technique, settings: RunSettings, teacher: Model, progress: Progress
 ) -> Model:
-    """What is trained: masters in float32."""
-    if technique == "distill":
-        assert settings.student is not None  # `check`
-        student = load(settings.student)
-        if student.config.vocab_size != teacher.config.vocab_size:
-            raise UserError(
-                f"{settings.student} has {student.config.vocab_size} tokens in its vocabulary and "
-                f"{settings.model} {teacher.config.vocab_size}; they have to share a tokenizer"
-            )
-        return replace(student, params=_wide(student.params))
-    assert settings.recipe is not None
+    """The model to train, what is trained of it in float32."""
+    student = _learner(settings, teacher) if technique == "distill" else teacher
+    if settings.adapters is not None:  # mistakes are to be known before quantizing, which is long
+        jax.eval_shape(partial(_adapted, settings.adapters), student.params)
+    if technique != "distill":
+        student = replace(student, params=_quantized(settings, teacher, progress))
+    params = student.params
+    if settings.adapters is not None:
+        params = _adapted(settings.adapters, params, settings.seed)
+    return replace(student, params=_wide(params, settings.trained, settings.freeze))
+
+
+def _adapted(chosen: Adapters, params: Any, seed: int = 0) -> Any:
+    """With new adapters, which can be merged if they are to be."""
+    key = jax.random.key(seed)
+    params = with_adapters(params, key, chosen.rank, chosen.alpha, chosen.match)
+    if chosen.merge:
+        jax.eval_shape(merged, params)
+    return params
+
+
+def _learner(settings: RunSettings, teacher: Model) -> Model:
+    assert settings.student is not None  # `check`
+    student = load(settings.student)
+    if student.config.vocab_size != teacher.config.vocab_size:
+        raise UserError(
+            f"{settings.student} has {student.config.vocab_size} tokens in its vocabulary and "
+            f"{settings.model} {teacher.config.vocab_size}; they have to share a tokenizer"
+        )
+    return student
+
+
+def _quantized(settings: RunSettings, teacher: Model, progress: Progress) -> Any:
+    """Parameters under the recipe: codes for adapters to learn beside, else fake-quantized."""
+    assert settings.recipe is not None  # `check`
     recipe, known = Recipe.load(settings.recipe), settings.calibration
     batches = None
     if recipe.needs_text:
         text = data.load_text(known.text, "calibration")
         batches = data.token_batches(teacher, text, known.windows, known.length, settings.batch)
     quantized, _ = quantize(teacher, recipe, batches, progress)
+    if settings.adapters is not None:
+        return quantized
     masters = teacher.params if settings.begin == "original" else None
-    fakes = fake_quantized(masters, quantized, settings.scales, settings.gradient)
-    return replace(teacher, params=_wide(fakes))
+    return fake_quantized(masters, quantized, settings.scales, settings.gradient)
 
 
-def _wide(params: Any) -> Any:
-    """With all that can be trained in float32; scales stay as they are stored."""
-    trained, frozen = partition(params)
+def _wide(params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()) -> Any:
+    """With all that is trained in float32; scales stay as they are stored."""
+    trained, frozen = partition(params, train, freeze)
     return combine(jax.tree.map(lambda array: array.astype(jnp.float32), trained), frozen)
 
 
-def _finished(params: Any, like: Any) -> Any:
-    """As they are saved and measured: quantized, plain arrays in the dtype the model came with."""
+def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
+    """As they are saved and measured: quantized, adapters merged if they are to be, plain arrays
+    and low-rank parts in the dtype the model came with."""
     dtype = like["embed_tokens"]["weight"].dtype
-
-    def narrow(leaf: Any) -> Any:
-        plain = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32
-        return leaf.astype(dtype) if plain else leaf
-
-    return tree.map_with_path(lambda _, leaf: narrow(leaf), fold(params))
+    merge = settings.adapters is not None and settings.adapters.merge
+    floats, others = partition(merged(params) if merge else fold(params))
+    return combine(
+        jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, floats), others
+    )
 
 
 def _compute(teacher: Model, settings: RunSettings) -> Any:
@@ -243,20 +277,49 @@ def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
     return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
 
 
-def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Mesh | None) -> Any:
+def _cached(
+    teacher: Model,
+    rows: dict[str, np.ndarray],
+    terms: Sequence[Term],
+    settings: RunSettings,
+    mesh: Mesh | None,
+    progress: Progress,
+) -> TopK:
+    """What the teacher says of all rows, from the cache, which is made if it is not there."""
+    chosen = settings.teacher_cache
+    assert chosen is not None
+    temperature = chosen.temperature([term.loss for term in terms])
+    made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
+    if not Path(chosen.directory).expanduser().exists():
+        config, params = replace(teacher.config, dtype=settings.dtype), _compute(teacher, settings)
+        placed = params if mesh is None else shard(params, mesh, TRAINING_RULES)
+        teacher_cache.write(
+            chosen.directory,
+            made_of,
+            replace(teacher, config=config, params=placed),
+            rows,
+            chosen.top_k,
+            batch_size=settings.batch // settings.parts,
+            mesh=mesh,
+            progress=progress,
+        )
+    return teacher_cache.read(chosen.directory, made_of, chosen.top_k)
+
+
+def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Mesh | None) -> Any:
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
     spec = P(BATCH) if settings.parts == 1 else P(None, BATCH)
 
-    def taken(own: np.ndarray, order: np.ndarray) -> jax.Array:
+    def taken(own: np.ndarray, numbers: np.ndarray) -> jax.Array:
         if mesh is None:
-            return jnp.asarray(own[order])
-        return data.global_batch(own, order, mesh, spec)
+            return jnp.asarray(own[numbers])
+        return data.global_batch(own, numbers, mesh, spec)
 
-    def batch(number: int) -> Any:
-        order = stream.order(number)
+    def batch(step: int) -> Any:
+        numbers = stream.numbers(step)
         if settings.parts > 1:
-            order = order.reshape(settings.parts, -1)
-        return jax.tree.map(lambda own: taken(own, order), rows)
+            numbers = numbers.reshape(settings.parts, -1)
+        return jax.tree.map(lambda own: taken(own, numbers), rows)
 
     return batch
 
@@ -272,7 +335,7 @@ def _measure(config: ModelConfig, teacher: Model, settings: RunSettings, mesh: M
     original = reference(teacher.config, teacher.params, batches)
 
     def measure(params: Any) -> dict[str, float]:
-        found = evaluate(config, _finished(params, teacher.params), batches, original)
+        found = evaluate(config, _finished(params, teacher.params, settings), batches, original)
         assert found.kl is not None and found.top1_agreement is not None
         return {
             "perplexity": found.perplexity,

@@ -10,7 +10,9 @@
     batch: 8                    # rows of a step, in `parts` parts
     steps: 400
     optimizer: {name: adamw, learning_rate: 1.0e-5, schedule: cosine, warmup: 0.05}
+    adapters: {rank: 16, alpha: 32}   # trained alone, beside frozen weights (LoRA, QLoRA)
     losses: [{kind: forward_kl}]
+    teacher_cache: {directory: teacher, top_k: 64}  # if the teacher is to run once, not each step
     evaluation: {text: builtin, windows: 16, every: 100}
 
 Everything but the model, and the recipe or the student, has a default.
@@ -19,19 +21,20 @@ Everything but the model, and the recipe or the student, has a default.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import optax
 import yaml
-from pydantic import Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import Field, StrictBool, StrictInt, ValidationError
 
 from jaxopt_models.distill.objective import Kind, LogitLoss
 from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import Remat
 from jaxopt_models.qtensor import Gradient
-from jaxopt_models.settings import Strict, explain, first_line, with_override
+from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
 from jaxopt_models.sharding_rules import BATCH
+from jaxopt_models.train.adapters import LINEARS, adapter_arrays
 from jaxopt_models.train.leaves import ScaleMode
 from jaxopt_models.train.objectives import QAD, QAT, Term
 
@@ -90,6 +93,40 @@ class LossChoice(Strict):
         return Term(loss, self.weight)
 
 
+class TeacherCache(Strict):
+    """Where the teacher's most likely tokens of the text lie, see `distill.teacher_cache`.
+
+    They are found by the first run and read by later ones, of whatever seed, recipe or student.
+
+    Attributes:
+      top_k: how many are kept.
+    """
+
+    directory: str
+    top_k: StrictInt = Field(default=64, ge=1)
+
+    def temperature(self, losses: Sequence[LogitLoss]) -> float:
+        """That of all divergences.
+
+        Raises:
+          UserError: for losses that need more than is kept, none, or several temperatures.
+        """
+        taught = [loss for loss in losses if loss.needs_teacher]
+        for loss in taught:
+            if loss.kind != "forward_kl" or loss.top_k is None or loss.top_k > self.top_k:
+                kind = loss.kind if loss.top_k is None else f"{loss.kind} of top_k {loss.top_k}"
+                raise UserError(
+                    f"{kind} needs more of the teacher than a teacher_cache of top_k {self.top_k} "
+                    f"keeps; choose forward_kl with a top_k of at most {self.top_k}"
+                )
+        if len({loss.temperature for loss in taught}) != 1:
+            raise UserError(
+                "a teacher_cache has one temperature, and the losses that read the teacher have "
+                f"{', '.join(f'{loss.temperature:g}' for loss in taught) or 'none'}"
+            )
+        return taught[0].temperature
+
+
 class Evaluation(Strict):
     """What is measured of the model: windows of a text, every so many steps and at the end."""
 
@@ -107,6 +144,15 @@ class Calibration(Strict):
     length: StrictInt = Field(default=512, ge=2)
 
 
+class Adapters(Strict):
+    """See `adapters.with_adapters`; they stay beside their weights unless they are to `merge`."""
+
+    rank: StrictInt = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    match: Globs = Field(default=LINEARS, min_length=1)
+    merge: StrictBool = False
+
+
 class RunSettings(Strict):
     """See the module's docstring.
 
@@ -115,7 +161,10 @@ class RunSettings(Strict):
       begin: masters are the "original" weights, or the values that they were "quantized" to.
       packing: of rows: the text as one "stream", or its "documents", see `documents`.
       parts: of a batch, whose gradients are accumulated.
-      train, freeze: see `trainable.partition`.
+      adapters: are trained beside frozen weights, codes of the recipe or the student's floats; None
+        trains the weights.
+      train, freeze: see `trainable.partition`. To `train` nothing in particular is to train all, or
+        adapters alone; what it matches is trained besides them.
       dtype: of computation; what is trained is float32.
       remat: see `transformer.Remat`.
       mesh: sizes of the axes "data", "fsdp" and "model", see `sharding_rules`; those that are not
@@ -141,8 +190,10 @@ class RunSettings(Strict):
     optimizer: Optimizer = Optimizer()
     max_norm: float | None = Field(default=1.0, gt=0)
     losses: tuple[LossChoice, ...] = ()
-    train: tuple[str, ...] = ("*",)
-    freeze: tuple[str, ...] = ()
+    teacher_cache: TeacherCache | None = None
+    adapters: Adapters | None = None
+    train: Globs = ()
+    freeze: Globs = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
     mesh: dict[Literal["data", "fsdp", "model"], StrictInt] = Field(default_factory=dict)
@@ -151,11 +202,6 @@ class RunSettings(Strict):
     save: StrictInt = Field(default=100, ge=1)
     keep: StrictInt = Field(default=2, ge=1)
     keep_best: StrictBool = True
-
-    @field_validator("train", "freeze", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
 
     @classmethod
     def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> "RunSettings":
@@ -184,7 +230,15 @@ class RunSettings(Strict):
         """The losses, or the technique's own."""
         if self.losses:
             return tuple(choice.term for choice in self.losses)
+        if technique != "qat" and self.teacher_cache is not None:
+            return (Term(LogitLoss("forward_kl", top_k=self.teacher_cache.top_k)),)
         return QAT if technique == "qat" else QAD
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Globs on the arrays that are trained, unless `freeze` matches them."""
+        own = () if self.adapters is None else adapter_arrays(self.adapters.match)
+        return (*own, *self.train) or ("*",)
 
     def check(self, technique: Technique) -> None:
         """Refuses settings that do not go with a technique.
@@ -203,6 +257,14 @@ class RunSettings(Strict):
             raise UserError(f"{technique} trains the model itself; a 'student' goes with distill")
         if technique == "qad" and not any(t.loss.needs_teacher for t in self.terms(technique)):
             raise UserError("none of the losses reads the teacher; choose qat, or another loss")
+        for name in ("scales", "gradient", "begin") if self.adapters is not None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise UserError(
+                    f"{name!r} is of weights that are trained, and adapters learn beside frozen "
+                    "ones; leave out one of them"
+                )
+        if self.teacher_cache is not None:
+            self.teacher_cache.temperature([term.loss for term in self.terms(technique)])
         if self.learn == "assistant" and self.packing != "documents":
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:

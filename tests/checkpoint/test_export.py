@@ -23,7 +23,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import forward, init
 from jaxopt_models.ops import expert_linear, linear
-from jaxopt_models.qtensor import InputQuantizer, LowRank, quantize_array
+from jaxopt_models.qtensor import DenseTensor, InputQuantizer, LowRank, quantize_array
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.tree import WeightLeaf, replace, select
 
@@ -136,6 +136,16 @@ def test_quantized_leaves_become_what_they_compute(format, rotate, model, tmp_pa
         # one rounding to bfloat16 of each weight
         error = jnp.linalg.norm(theirs - ours) / jnp.linalg.norm(ours)
         assert error < 2**-8
+
+
+def test_an_adapter_beside_floats_is_folded_in(model, tmp_path):
+    weight = model.params["layers"][0]["self_attn"]["q_proj"]["weight"]
+    adapter = quantized(weight, "nvfp4").low_rank
+    adapted = DenseTensor(weight, low_rank=adapter)
+    export_hf(tmp_path / "out", model, replace(model.params, {DENSE: adapted}))
+    found = read_back(tmp_path / "out")[1]["layers"][0]["self_attn"]["q_proj"]["weight"]
+    expected = weight.astype(jnp.float32) + adapter.product()
+    np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16))
 
 
 def test_a_plain_quantized_leaf_is_its_dequantization(model, tmp_path):

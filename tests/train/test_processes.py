@@ -120,7 +120,7 @@ def test_the_last_state_is_the_model(run):
         state = states.restore(like)
     assert int(state.step) == 4
     expected = dict(tree.arrays_with_paths(model.params))
-    found = dict(tree.arrays_with_paths(_finished(state.params, teacher.params)))
+    found = dict(tree.arrays_with_paths(_finished(state.params, teacher.params, settings)))
     assert found.keys() == expected.keys()
     for path, array in found.items():
         assert np.asarray(array).tobytes() == np.asarray(expected[path]).tobytes(), path

@@ -1,7 +1,9 @@
 """Whole runs, from a file of settings to a model on disk."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,14 @@ import jaxopt_models as jom
 from jaxopt_models import cli, data, tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.qtensor import QTensor
+from jaxopt_models.qtensor import DenseTensor, QTensor
+from jaxopt_models.quantize.ptq import quantize
+from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.run import _rows, _wide, train
 from jaxopt_models.train.settings import Optimizer, RunSettings
 
+RUNS = Path(__file__).parents[2] / "configs" / "runs"
 SMALL = {
     "length": 16,
     "batch": 4,
@@ -111,6 +116,53 @@ def test_qat_of_a_calibrated_recipe(models, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_adapters_beside_codes(models, tmp_path, merge):
+    """QLoRA: what is saved is what was measured, and codes are those of the recipe."""
+    adapters = {"rank": 4, "alpha": 8, "match": "*/mlp/*", "merge": merge}
+    result = train("qad", _settings(models, recipe="nf4", adapters=adapters), tmp_path / "out")
+    original, loaded = jom.load(models / "two"), jom.load(tmp_path / "out" / "model")
+    q, leaf = quantize(original, Recipe.load("nf4"))[0], loaded.params["layers"][1]
+    before, after = q["layers"][1]["mlp"]["up_proj"]["weight"], leaf["mlp"]["up_proj"]["weight"]
+    if merge:
+        assert after.dtype == jnp.bfloat16 and not tree.is_leaf(after)
+    else:
+        assert after.codes.tobytes() == before.codes.tobytes() and jnp.any(after.low_rank.up != 0)
+        assert after.low_rank.down.dtype == jnp.bfloat16
+    assert leaf["self_attn"]["q_proj"]["weight"].low_rank is None
+    table = loaded.params["embed_tokens"]["weight"]
+    assert table.tobytes() == original.params["embed_tokens"]["weight"].tobytes()
+    batches = data.token_batches(original, data.load_text("builtin", "evaluation"), 4, 16, 4)
+    found = jom.evaluate(loaded.config, loaded.params, batches, original.params)
+    assert result.log[-1]["kl"] == found.kl
+
+
+def test_adapters_beside_floats_and_what_is_trained_besides(models, tmp_path):
+    """LoRA, with norms."""
+    more = {"adapters": {"rank": 4}, "train": "*norm/weight", "steps": 2, "mesh": {"data": 2}}
+    settings = _settings(models, student=str(models / "one"), **more)
+    params = train("distill", settings, tmp_path / "out").model.params
+    leaf = params["layers"][0]["mlp"]["up_proj"]["weight"]
+    start = jom.load(models / "one").params
+    assert isinstance(leaf, DenseTensor) and leaf.low_rank and jnp.any(leaf.low_rank.up != 0)
+    base = start["layers"][0]["mlp"]["up_proj"]["weight"]
+    assert leaf.weight.tobytes() == base.tobytes()
+    assert settings.trained == ("layers/*_proj/weight/low_rank/*", "*norm/weight")
+
+
+def test_adapters_are_gone_on_with(models, tmp_path):
+    """A run that stops at a checkpoint ends as one that did not."""
+    adapters = {"rank": 4, "match": "*/self_attn/*"}
+    settings = _settings(models, recipe="nf4", adapters=adapters, evaluation={"windows": 1})
+    whole = train("qat", settings, tmp_path / "whole")
+    train("qat", settings, tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "model")
+    shutil.rmtree(tmp_path / "parts" / "states" / "6")
+    resumed = train("qat", settings, tmp_path / "parts", resume=True)
+    pairs = zip(*(jax.tree.leaves(r.model.params) for r in (whole, resumed)), strict=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+
 def test_what_is_widened_is_what_is_trained():
     """Scales are part of the format that the model will have."""
     params = _model(1)[1]
@@ -177,6 +229,9 @@ def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
         ("qat", {"recipe": "fp8", "mesh": {"data": 4, "fsdp": 2}}, "4 rows, .* by the 8 devices"),
         ("qat", {"recipe": "fp8", "parts": 2, "mesh": {"fsdp": 4}}, "2 rows, .* by the 4 devices"),
         ("qat", {"recipe": "fp8", "mesh": {"model": 9}}, "needs 9 devices and there are 8"),
+        ("qat", {"recipe": "nf4", "adapters": {}, "scales": "static"}, "'scales' is of weights"),
+        ("qat", {"recipe": "nf4", "adapters": {"match": "x"}}, "'x' matches no weight that can"),
+        ("qat", {"recipe": "nvfp4", "adapters": {"merge": True}}, "quantizes its input, but not"),
     ],
 )
 def test_settings_that_do_not_go_together(models, tmp_path, technique, more, message):
@@ -199,6 +254,13 @@ def test_mistakes_in_files(tmp_path):
     with pytest.raises(UserError, match="optimizer.learning_rate: Input should be greater than 0"):
         RunSettings.load(file, ["optimizer.learning_rate=-1"])
     assert RunSettings.load(file, ["steps=7", "evaluation.every=2"]).evaluation.every == 2
+
+
+@pytest.mark.parametrize("file", sorted(RUNS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_presets_go_with_the_command_above_them(file):
+    words = file.read_text().splitlines()[0].split()
+    assert words[1:3] == ["jaxopt-models", "train"] and f"configs/runs/{file.name}" in words
+    RunSettings.load(file).check(words[3])
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
