@@ -92,7 +92,7 @@ def embed(tokens: jax.Array, weight: Any, dtype: Any) -> jax.Array:
 
 
 def _product(
-    x: jax.Array, weight: Any, dot: Callable[[Any, jax.Array, jax.Array], jax.Array], dtype: Any
+    x: jax.Array, weight: Any, dot: Callable[[Any, jax.Array, jax.Array], Any], dtype: Any
 ) -> jax.Array:
     """Dispatch on the leaf kind; `dot(dtype, x, w)` contracts the last axes.
 
