@@ -33,6 +33,7 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, shard
+from jaxopt_models.train import flops
 from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import fake_quantized, fold
@@ -112,6 +113,9 @@ def train(
             evaluate=_measure(student.config, teacher, settings),
             checkpoints=states,
             log=log,
+            least_seconds=_least_seconds(
+                settings, state, student, teacher if needed else None, mesh
+            ),
             progress=progress,
         )
     model = replace(student, params=_finished(state.params, teacher.params, settings))
@@ -137,6 +141,19 @@ def _begun(
     loss = next_token_loss(config, terms, taught, settings.remat)
     step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
     return step, start(student.params, optimizer, settings.trained, settings.freeze)
+
+
+def _least_seconds(
+    settings: RunSettings, state: TrainState, student: Model, teacher: Model | None, mesh: Any
+) -> float | None:
+    """Of a step in bfloat16, at the peak rate of the devices; None if that is not known."""
+    if settings.dtype != "bfloat16":
+        return None
+    each = flops.training_flops(student.config, student.params, state.trained, settings.length)
+    if teacher is not None:
+        each += flops.forward_flops(teacher.config, teacher.params, settings.length)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    return flops.least_seconds(settings.batch * settings.length * each, devices)
 
 
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
