@@ -7,7 +7,7 @@ OUT/model/         the result, a checkpoint that `load` reads: quantized leaves,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,15 +78,15 @@ def train(
     described = {"technique": technique} | settings.model_dump(mode="json")
     _check_directory(out, described, resume)
     teacher = load(settings.model)
-    rows = _rows(teacher, settings)  # first, since quantizing takes long
-    student = _student(technique, settings, teacher, progress)
+    rows = training_rows(teacher, settings)  # first, since quantizing takes long
+    student = student_of(technique, settings, teacher, progress)
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
         student = replace(student, params=shard(student.params, mesh))
     terms = settings.terms(technique)
-    needed = any(term.loss.needs_teacher for term in terms)
-    step, state = _begun(settings, terms, teacher, student)
+    step = make_step(settings, terms, teacher.config, student.config)
+    state = first_state(settings, student)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
@@ -97,10 +97,10 @@ def train(
         state = fit(
             step,
             state,
-            _batches(rows, settings, mesh),
-            _compute(teacher, settings) if needed else None,
+            training_batches(rows, settings, mesh),
+            context_of(settings, terms, teacher),
             Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
-            evaluate=_measure(student.config, teacher, settings),
+            evaluate=measurement(student.config, teacher, settings),
             checkpoints=states,
             log=log,
             progress=progress,
@@ -119,15 +119,20 @@ def train(
     return Result(model, log.lines)
 
 
-def _begun(
-    settings: RunSettings, terms: Sequence[Term], teacher: Model, student: Model
-) -> tuple[Step, TrainState]:
-    """The step, and the state before the first one."""
-    config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
-    optimizer = settings.optimizer.transformation(settings.steps)
+def make_step(
+    settings: RunSettings, terms: Sequence[Term], teacher: ModelConfig, student: ModelConfig
+) -> Step:
+    """The jitted step; runs whose settings differ in the seed alone may share it."""
+    config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
     loss = next_token_loss(config, terms, taught, settings.remat)
-    step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
-    return step, start(student.params, optimizer, settings.train, settings.freeze)
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
+
+
+def first_state(settings: RunSettings, student: Model) -> TrainState:
+    """Before the first step."""
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return start(student.params, optimizer, settings.train, settings.freeze)
 
 
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
@@ -147,8 +152,8 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
         )
 
 
-def _student(
-    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress
+def student_of(
+    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress = silent
 ) -> Model:
     """What is trained: masters in float32."""
     if technique == "distill":
@@ -189,8 +194,11 @@ def _finished(params: Any, like: Any) -> Any:
     return tree.map_with_path(lambda _, leaf: narrow(leaf), fold(params))
 
 
-def _compute(teacher: Model, settings: RunSettings) -> Any:
-    """The teacher's parameters in the dtype of computation, those that are plain arrays."""
+def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
+    """What the step reads besides: the teacher's parameters, plain arrays in the dtype of
+    computation; None if no loss needs them."""
+    if not any(term.loss.needs_teacher for term in terms):
+        return None
     dtype = jnp.dtype(settings.dtype)
 
     def cast(_: str, leaf: Any) -> Any:
@@ -199,7 +207,8 @@ def _compute(teacher: Model, settings: RunSettings) -> Any:
     return tree.map_with_path(cast, teacher.params)
 
 
-def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+    """The text that is trained on, as rows: "tokens", and what `next_token_loss` reads besides."""
     tokenizer = data.tokenizer_of(model)
     if settings.packing == "documents":
         return pack_documents(
@@ -209,7 +218,8 @@ def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
     return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
 
 
-def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any) -> Any:
+def training_batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any = None) -> Any:
+    """Number of a step -> its batch, on the devices."""
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
     spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
 
@@ -221,7 +231,9 @@ def _batches(rows: dict[str, np.ndarray], settings: RunSettings, mesh: Any) -> A
     return lambda number: jax.tree.map(placed, stream.batch(number))
 
 
-def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:
+def measurement(
+    config: ModelConfig, teacher: Model, settings: RunSettings
+) -> Callable[[Any], dict[str, float]]:
     """Parameters -> what they would be worth if the run ended: perplexity and divergence from the
     teacher, on text that is not trained on."""
     chosen = settings.evaluation
