@@ -8,7 +8,7 @@ OUT/model/         the result, a checkpoint that `load` reads: quantized leaves,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,18 +85,17 @@ def train(
     described = {"technique": technique} | settings.model_dump(mode="json")
     _check_directory(out, described, resume)
     teacher = load(settings.model)
-    rows = _rows(teacher, settings)  # first, since quantizing takes long
+    rows = training_rows(teacher, settings)  # first, since quantizing takes long
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     terms = settings.terms(technique)
-    needed = any(term.loss.needs_teacher for term in terms)
     if settings.teacher_cache is not None:
         rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
-        needed = False
-    student = _student(technique, settings, teacher, progress)
+    student = student_of(technique, settings, teacher, progress)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
         student = replace(student, params=shard(student.params, mesh))
-    step, state = _begun(settings, terms, teacher, student)
+    step = make_step(settings, terms, teacher.config, student.config)
+    state, context = first_state(settings, student), context_of(settings, terms, teacher)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
@@ -107,14 +106,14 @@ def train(
         state = fit(
             step,
             state,
-            _batches(rows, settings, mesh),
-            _compute(teacher, settings) if needed else None,
+            training_batches(rows, settings, mesh),
+            context,
             Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
-            evaluate=_measure(student.config, teacher, settings),
+            evaluate=measurement(student.config, teacher, settings),
             checkpoints=states,
             log=log,
             least_seconds=_least_seconds(
-                settings, state, student, teacher if needed else None, mesh
+                settings, state, student, None if context is None else teacher, mesh
             ),
             progress=progress,
         )
@@ -132,15 +131,20 @@ def train(
     return Result(model, log.lines)
 
 
-def _begun(
-    settings: RunSettings, terms: Sequence[Term], teacher: Model, student: Model
-) -> tuple[Step, TrainState]:
-    """The step, and the state before the first one."""
-    config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
-    optimizer = settings.optimizer.transformation(settings.steps)
+def make_step(
+    settings: RunSettings, terms: Sequence[Term], teacher: ModelConfig, student: ModelConfig
+) -> Step:
+    """The jitted step; runs whose settings differ in the seed alone may share it."""
+    config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
     loss = next_token_loss(config, terms, taught, settings.remat)
-    step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
-    return step, start(student.params, optimizer, settings.trained, settings.freeze)
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
+
+
+def first_state(settings: RunSettings, student: Model) -> TrainState:
+    """Before the first step."""
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return start(student.params, optimizer, settings.trained, settings.freeze)
 
 
 def _least_seconds(
@@ -173,8 +177,8 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
         )
 
 
-def _student(
-    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress
+def student_of(
+    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress = silent
 ) -> Model:
     """The model to train, what is trained of it in float32."""
     student = _learner(settings, teacher) if technique == "distill" else teacher
@@ -240,8 +244,16 @@ def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
     )
 
 
-def _compute(teacher: Model, settings: RunSettings) -> Any:
-    """The teacher's parameters in the dtype of computation, those that are plain arrays."""
+def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
+    """What the step reads besides the batch: the teacher's parameters as they compute; None if no
+    loss needs them, or what the teacher says comes with the batch."""
+    if settings.teacher_cache is not None or not any(term.loss.needs_teacher for term in terms):
+        return None
+    return _computing(teacher, settings)
+
+
+def _computing(teacher: Model, settings: RunSettings) -> Any:
+    """Parameters, plain arrays of them in the dtype of computation."""
     dtype = jnp.dtype(settings.dtype)
 
     def cast(_: str, leaf: Any) -> Any:
@@ -250,7 +262,8 @@ def _compute(teacher: Model, settings: RunSettings) -> Any:
     return tree.map_with_path(cast, teacher.params)
 
 
-def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+    """The text that is trained on, as rows: "tokens", and what `next_token_loss` reads besides."""
     tokenizer = data.tokenizer_of(model)
     if settings.packing == "documents":
         return pack_documents(
@@ -274,7 +287,10 @@ def _cached(
     temperature = chosen.temperature([term.loss for term in terms])
     made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
     if not Path(chosen.directory).expanduser().exists():
-        config, params = replace(teacher.config, dtype=settings.dtype), _compute(teacher, settings)
+        config, params = (
+            replace(teacher.config, dtype=settings.dtype),
+            _computing(teacher, settings),
+        )
         placed = params if mesh is None else shard(params, mesh)
         teacher_cache.write(
             chosen.directory,
@@ -289,7 +305,8 @@ def _cached(
     return teacher_cache.read(chosen.directory, made_of, chosen.top_k)
 
 
-def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Any) -> Any:
+def training_batches(rows: dict[str, Any], settings: RunSettings, mesh: Any = None) -> Any:
+    """Number of a step -> its batch, on the devices."""
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
     spec = jax.P("data") if settings.parts == 1 else jax.P(None, "data")
 
@@ -304,7 +321,9 @@ def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Any) -> Any:
     return batch
 
 
-def _measure(config: ModelConfig, teacher: Model, settings: RunSettings) -> Any:
+def measurement(
+    config: ModelConfig, teacher: Model, settings: RunSettings
+) -> Callable[[Any], dict[str, float]]:
     """Parameters -> what they would be worth if the run ended: perplexity and divergence from the
     teacher, on text that is not trained on."""
     chosen = settings.evaluation
