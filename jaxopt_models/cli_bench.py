@@ -226,6 +226,73 @@ def bench_greedy(
             )
 
 
+@bench.command("qad")
+def bench_qad(
+    text: Annotated[
+        str, typer.Option(help="Training text: a file, also of documents, builtin, or hf:NAME.")
+    ],
+    evaluation: Annotated[str, typer.Option(help="Evaluation text, not trained on.")],
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Preset or YAML; may be repeated; else nvfp4 and int4."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="May be repeated; else 0 1 2.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 400,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
+    length: LengthOption = 512,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="That training computes in.")
+    ] = "bfloat16",
+    learning_rate: Annotated[float, typer.Option(min=0, help="The highest.")] = 1e-4,
+    qat_learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="The highest of QAT, if it is another.")
+    ] = None,
+    packing: Annotated[
+        Literal["stream", "documents"], typer.Option(help="Of rows of training.")
+    ] = "stream",
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 64,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; else at the end only.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds; nothing is begun that would take longer.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Train under quantization for the text and for what the unquantized model says, and compare.
+
+    Rows are saved one by one. A JSON file that is there is gone on with.
+    """
+    from jaxopt_models.bench import qad
+    from jaxopt_models.bench.qad_results import qad_table
+    from jaxopt_models.train.settings import RunSettings
+
+    run = {"model": model, "text": text, "packing": packing, "length": length, "batch": batch}
+    settings = RunSettings.of(
+        run
+        | {"steps": steps, "dtype": dtype, "optimizer": {"learning_rate": learning_rate}}
+        | {"calibration": {"text": calib, "length": length}}
+        | {"evaluation": dict(text=evaluation, windows=windows, length=length, every=every)}
+    )
+    result = qad.bench_qad(
+        settings,
+        format or qad.RECIPES,
+        seed or qad.SEEDS,
+        qat_learning_rate=qat_learning_rate,
+        limit=limit,
+        out=json,
+        say=lambda line: report.out.print(line, soft_wrap=True, markup=False, highlight=False),
+        progress=report.progress,
+    )
+    report.out.print(qad_table(result["rows"]))
+
+
 @bench.command("quality")
 def bench_quality(
     calib: Annotated[str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")],

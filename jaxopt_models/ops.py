@@ -5,11 +5,13 @@ The forward pass calls nothing else on weights, so a leaf kind that works here w
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.custom_derivatives import SymbolicZero
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
@@ -37,21 +39,28 @@ class Probe(WeightLeaf):
         return self.weight.shape
 
 
-def linear(x: jax.Array, weight: Any, bias: jax.Array | None = None) -> jax.Array:
-    """`x @ weight.T + bias`, accumulated in float32.
+def linear(
+    x: jax.Array, weight: Any, bias: jax.Array | None = None, dtype: Any = None
+) -> jax.Array:
+    """`x @ weight.T + bias`, accumulated in float32; devices that split K round before they add.
+
+    Its gradient is rounded to the dtype of `x` before it is multiplied with anything, so that the
+    products of training are as fast backward as forward.
 
     Args:
       x: activations, [..., K], in the compute dtype.
       weight: leaf standing for [N, K].
       bias: [N] or None.
+      dtype: of the result; None is that of `x`.
 
     Returns:
-      [..., N] in the dtype of `x`.
+      [..., N].
     """
-    out = _product(x, weight, _dot)
-    if bias is not None:
-        out = out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
-    return out.astype(x.dtype)
+    dtype = jnp.dtype(dtype or x.dtype)
+    if bias is None:
+        return _product(x, weight, _dot, dtype).astype(dtype)
+    out = _product(x, weight, _dot, jnp.float32)
+    return (out + bias.astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))).astype(dtype)
 
 
 def expert_linear(x: jax.Array, weights: Any, group_sizes: jax.Array) -> jax.Array:
@@ -66,12 +75,12 @@ def expert_linear(x: jax.Array, weights: Any, group_sizes: jax.Array) -> jax.Arr
       [rows, N] in the dtype of `x`.
     """
 
-    def dot(rows: jax.Array, experts: jax.Array) -> jax.Array:
+    def dot(dtype: Any, rows: jax.Array, experts: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot(
-            rows, jnp.swapaxes(experts, 1, 2), group_sizes, preferred_element_type=jnp.float32
+            rows, jnp.swapaxes(experts, 1, 2), group_sizes, preferred_element_type=dtype
         )
 
-    return _product(x, weights, dot).astype(x.dtype)
+    return _product(x, weights, dot, x.dtype).astype(x.dtype)
 
 
 def embed(tokens: jax.Array, weight: Any, dtype: Any) -> jax.Array:
@@ -107,38 +116,67 @@ def effective_weight(weight: Any) -> jax.Array:
 
 
 def _product(
-    x: jax.Array, weight: Any, dot: Callable[[jax.Array, jax.Array], jax.Array]
+    x: jax.Array, weight: Any, dot: Callable[[Any, jax.Array, jax.Array], Any], dtype: Any
 ) -> jax.Array:
-    """Dispatch on the leaf kind; `dot` contracts the last axes into float32.
+    """Dispatch on the leaf kind; `dot(dtype, x, w)` contracts the last axes.
 
         z = hadamard(x · pre_scale, rotate),    Q(z) Ŵᵀ + (z downᵀ) upᵀ
+
+    What is a single product comes in `dtype`, since compilers for GPUs write a result that is
+    rounded by an operation of its own in float32 first. What is a sum comes in float32.
 
     Packed leaves go to their kernel, if the device has one, which may quantize the input as well.
     Other quantized leaves are dequantized and multiplied, which runs on every backend.
     """
     if isinstance(weight, Probe):
-        return _product(x, weight.weight, dot) + weight.delta
+        return _product(x, weight.weight, dot, jnp.float32).astype(jnp.float32) + weight.delta
     if not isinstance(weight, QTensor | FakeTensor | DenseTensor | PackedTensor):
-        return dot(x, weight.astype(x.dtype))
+        return dot(dtype, x, weight.astype(x.dtype))
     if weight.pre_scale is not None:
         x = x * weight.pre_scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
     if weight.rotate:
         x = hadamard(x, weight.rotate)
+    dtype = dtype if weight.low_rank is None else jnp.float32
     if isinstance(weight, PackedTensor):
-        out = weight.product(x).astype(jnp.float32)
+        out = weight.product(x).astype(dtype)
     else:
         quantized = x if weight.input is None else weight.input(x)
-        out = dot(quantized, weight.dequantize(x.dtype))
+        out = dot(dtype, quantized, weight.dequantize(x.dtype))
     if weight.low_rank is not None:
-        inner = dot(x, weight.low_rank.down.astype(x.dtype)).astype(x.dtype)
-        out = out + dot(inner, weight.low_rank.up.astype(x.dtype))
+        inner = dot(x.dtype, x, weight.low_rank.down.astype(x.dtype))
+        out = out + dot(jnp.float32, inner, weight.low_rank.up.astype(x.dtype))
     return out
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """[..., K] · [N, K] -> float32 [..., N]."""
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(dtype: Any, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """[..., K] · [N, K] -> [..., N], in `dtype`."""
+    return _contracted(x, weight, ((x.ndim - 1,), (1,)), dtype)
+
+
+def _forward(dtype: Any, x: Any, weight: Any) -> tuple[jax.Array, Any]:
+    """Keeps of each what the other's gradient is made of, if that is wanted."""
+    kept = x.value if weight.perturbed else None, weight.value if x.perturbed else None
+    return _dot(dtype, x.value, weight.value), kept
+
+
+def _backward(dtype: Any, kept: Any, gradient: Any) -> tuple[jax.Array | None, jax.Array | None]:
+    """Products of two arrays of one dtype, where JAX's own rule would widen both to float32."""
+    if isinstance(gradient, SymbolicZero):
+        return None, None
+    x, weight = kept
+    narrow, rows = (weight if x is None else x).dtype, tuple(range(gradient.ndim - 1))
+    gradient = gradient.astype(narrow)
+    of_x = None if weight is None else _contracted(gradient, weight, ((len(rows),), (0,)), narrow)
+    of_weight = None if x is None else _contracted(gradient, x, (rows, rows), narrow)
+    return of_x, of_weight
+
+
+_dot.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _contracted(x: jax.Array, y: jax.Array, axes: Any, dtype: Any) -> jax.Array:
+    return jax.lax.dot_general(x, y, (axes, ((), ())), preferred_element_type=dtype)
 
 
 def _quantized_rows(tokens: jax.Array, table: QTensor) -> jax.Array:

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+# What is being done, or what says so anew at each item.
+Description = str | Callable[[], str]
 # Called as progress(items, description) and iterated over, like `tqdm.tqdm`.
-Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+Progress = Callable[[Iterable[Any], Description], Iterable[Any]]
 
 
-def silent(items: Iterable[Any], description: str) -> Iterable[Any]:
+def silent(items: Iterable[Any], description: Description) -> Iterable[Any]:
     """The progress display that shows nothing."""
     return items

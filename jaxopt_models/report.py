@@ -10,13 +10,14 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
 from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics
 from jaxopt_models.files import write_json, write_text
+from jaxopt_models.progress import Description
 from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.mixture import Scores
 from jaxopt_models.quantize.options import Choice
@@ -26,10 +27,18 @@ out = Console()
 err = Console(stderr=True)
 
 
-def progress(items: Iterable[Any], description: str) -> Iterable[Any]:
+def progress(items: Iterable[Any], description: Description) -> Iterable[Any]:
     """A bar with the time left on standard error; nothing where that is not a terminal."""
     items = list(items)
-    return track(items, description, console=err, transient=True, disable=not err.is_terminal)
+
+    def now() -> str:
+        return description() if callable(description) else description
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(now(), total=len(items))
+        for item in items:
+            yield item
+            bar.update(task, advance=1, description=now())
 
 
 @contextmanager

@@ -125,6 +125,38 @@ def test_linear_accumulates_in_float32_and_keeps_the_dtype_of_its_input():
         assert out.dtype == jnp.bfloat16 and np.all(np.asarray(out) == 4096)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_training_in_bfloat16_multiplies_nothing_in_float32(dtype):
+    """Forward and backward, whatever the dtype of the result, of masters in float32."""
+
+    def loss(x, weight):
+        return jnp.sum(jnp.sin(linear(x, weight, dtype=dtype).astype(jnp.float32)))
+
+    def products(x, weight):
+        text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, weight))
+        return [line for line in text.splitlines() if "= dot_general" in line]
+
+    given = jnp.asarray(_random(4, 2, 5, _K), jnp.bfloat16), jnp.asarray(_random(6, _N, _K))
+    assert [line.split(":")[1][:4] for line in products(*given)[1:]] == ["bf16", "bf16"]
+    text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*given).as_text()
+    operands = [line.split(": (")[1] for line in text.splitlines() if "dot_general" in line]
+    assert len(operands) == 3
+    for types in operands:
+        assert all(one.endswith("xbf16>") for one in types.split(") -> ")[0].split(", "))
+
+
+def test_gradients_of_a_bfloat16_product_are_those_of_its_rounded_cotangent():
+    x, weight = (jnp.asarray(_random(seed, *shape)) for seed, shape in ((4, (7, _K)), (6, (3, _K))))
+    x, weight, upstream = (a.astype(jnp.bfloat16) for a in (x, weight, _random(5, 7, 3)))
+    out, pull = jax.vjp(lambda *pair: linear(*pair, dtype=jnp.float32), x, weight)
+    assert out.dtype == jnp.float32
+    exact = [np.asarray(a, np.float64) for a in (x, weight, upstream)]
+    expected = exact[2] @ exact[1], exact[2].T @ exact[0]
+    for found, best in zip(pull(upstream.astype(jnp.float32)), expected, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), best, rtol=2**-8, atol=1e-6)
+
+
 _EXPERTS = {
     "array": lambda w: w,
     "fp8": lambda w: quantize_array(w, "fp8", granularity="channel"),

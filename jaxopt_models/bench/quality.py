@@ -27,7 +27,7 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Reference, evaluate, reference
 from jaxopt_models.models.model import Model
-from jaxopt_models.progress import Progress, silent
+from jaxopt_models.progress import Description, Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 
@@ -270,8 +270,11 @@ def compiling_anew() -> Iterator[None]:
 
 
 def _titled(progress: Progress, title: str) -> Progress:
-    def titled(items: Iterable[Any], description: str) -> Iterable[Any]:
-        return progress(items, f"{title}: {description}")
+    def titled(items: Iterable[Any], description: Description) -> Iterable[Any]:
+        def now() -> str:
+            return f"{title}: {description() if callable(description) else description}"
+
+        return progress(items, now)
 
     return titled
 

@@ -1,14 +1,16 @@
-"""The two texts that the quality bench measures on, rebuilt from two Debian packages.
+"""The texts that benches measure and train on, rebuilt from Debian packages.
 
-    python -m jaxopt_models.bench.texts DIR [--deb FILE ...]
+    python -m jaxopt_models.bench.texts DIR [--train] [--deb FILE ...]
 
 `DIR/calib.txt` is technical prose (debian-handbook), `DIR/eval.txt` political prose (anarchism, an
-FAQ). Both packages are free and come with every Debian mirror, so a machine without a model hub can
-have the texts, byte for byte the same: their SHA-256 is checked. Nothing is unpacked to disk.
+FAQ), and `DIR/train.jsonl`, with `--train`, the manuals of four programs. All packages are free and
+come with every Debian mirror, so a machine without a model hub can have the texts, byte for byte
+the same: their SHA-256 is checked. Nothing is unpacked to disk.
 """
 
 import argparse
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,40 +24,54 @@ from jaxopt_models.errors import UserError
 
 _SHORTEST_PARAGRAPH = 120  # characters; shorter ones are captions and menus
 _BLOCK = 6000  # characters that paragraphs are grouped to, at least
-_TARGET = 450_000  # bytes
+
+
+@dataclass(frozen=True)
+class Pages:
+    """HTML pages of a Debian package: those below `folder`."""
+
+    package: str
+    version: str
+    folder: str
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """A text and the package that it is made from.
+    """A text and what it is made from.
 
     Attributes:
-      file: what the text is called.
-      package, version: the Debian package.
-      folder: where in the package its HTML pages are.
-      sha256: of the text.
+      file: what it is called: a .txt, or a .jsonl of documents, `{"text": block}` a line.
+      pages: in this order.
+      sha256: of the file.
+      size: bytes that are kept, about; None keeps all.
     """
 
     file: str
-    package: str
-    version: str
-    folder: str
+    pages: tuple[Pages, ...]
     sha256: str
+    size: int | None = 450_000
 
 
 CALIBRATION = TextSource(
     "calib.txt",
-    "debian-handbook",
-    "11.20220922",
-    "usr/share/doc/debian-handbook/html/en-US",
+    (Pages("debian-handbook", "11.20220922", "usr/share/doc/debian-handbook/html/en-US"),),
     "51a5a544967ea1562d8c6fd803fb4541a1748349daf07563b2849fae4c8b3b47",
 )
 EVALUATION = TextSource(
     "eval.txt",
-    "anarchism",
-    "15.3-3",
-    "usr/share/doc/anarchism/html",
+    (Pages("anarchism", "15.3-3", "usr/share/doc/anarchism/html"),),
     "1317396dacbc4f79263dee55ee9bf6a87f66d845552f7f9b9daf2c33d2a3518c",
+)
+TRAINING = TextSource(
+    "train.jsonl",
+    (
+        Pages("git-doc", "1:2.39.5-0+deb12u3", "usr/share/doc/git-doc"),
+        Pages("postgresql-doc-15", "15.18-0+deb12u1", "usr/share/doc/postgresql-doc-15/html"),
+        Pages("python3.11-doc", "3.11.2-6+deb12u8", "usr/share/doc/python3.11/html"),
+        Pages("rust-doc", "1.63.0+dfsg1-2", "usr/share/doc/rust-doc/html"),
+    ),
+    "57c7ed0f5bc2476ff4ca43022a2b98a63549d9da67880d7d278642cd64cf3884",
+    size=None,
 )
 SOURCES = (CALIBRATION, EVALUATION)
 
@@ -81,18 +97,19 @@ def build_texts(
     if not wanted:
         return targets
     with tempfile.TemporaryDirectory() as scratch:
-        files = debs or _download([source.package for source in wanted], Path(scratch))
+        names = [pages.package for source in wanted for pages in source.pages]
+        files = debs or _download(names, Path(scratch))
         packages = [Package.read(file) for file in files]
     for source in wanted:
         _write(directory / source.file, _checked_text(source, packages))
     return targets
 
 
-def compose(pages: Iterable[str]) -> str:
-    """A text of about 450 kB from the paragraphs of HTML pages, taken evenly from all of them.
+def compose(pages: Iterable[str], size: int | None = None) -> list[str]:
+    """Blocks of prose from the paragraphs of HTML pages, of about `size` bytes, taken evenly.
 
     Long paragraphs, each once, are grouped in order into blocks; of `n` blocks those numbered
-    `floor(i n / k)`, `i < k`, stay, with `k` such that about the target of bytes remains.
+    `floor(i n / k)`, `i < k`, stay, with `k` such that about so many bytes remain.
     """
     paragraphs = (" ".join(text.split()) for page in pages for text in _Paragraphs.of(page))
     kept = [
@@ -101,11 +118,11 @@ def compose(pages: Iterable[str]) -> str:
         if len(p) >= _SHORTEST_PARAGRAPH and "\N{REPLACEMENT CHARACTER}" not in p
     ]
     blocks = list(_blocks(dict.fromkeys(kept)))
-    if not blocks:
-        return ""
-    size = sum(len(block.encode()) for block in blocks)
-    count = min(len(blocks), max(1, round(len(blocks) * _TARGET / size)))
-    return "\n\n".join(blocks[i * len(blocks) // count] for i in range(count)) + "\n"
+    if size is None or not blocks:
+        return blocks
+    share = size / sum(len(block.encode()) for block in blocks)
+    count = min(len(blocks), max(1, round(len(blocks) * share)))
+    return [blocks[i * len(blocks) // count] for i in range(count)]
 
 
 def _blocks(paragraphs: Iterable[str]) -> Iterator[str]:
@@ -164,25 +181,36 @@ class _Paragraphs(HTMLParser):
         self._open = None
 
 
-def _checked_text(source: TextSource, packages: Iterable[Package]) -> str:
-    package = next((p for p in packages if p.name == source.package), None)
+def _checked_text(source: TextSource, packages: Sequence[Package]) -> str:
+    found = [(pages, _package(source, pages, packages)) for pages in source.pages]
+    html = (page for pages, package in found for page in package.pages(pages.folder))
+    text = _written(source, compose(html, source.size))
+    if hashlib.sha256(text.encode()).hexdigest() != source.sha256:
+        named = " with ".join(f"{package.name} {package.version}" for _, package in found)
+        other = [pages for pages, package in found if pages.version != package.version]
+        reason = (
+            f"give the .deb of {' and '.join(f'{p.package} {p.version}' for p in other)}"
+            if other
+            else "this Python's HTML parser reads it differently; use another version of Python"
+        )
+        raise UserError(f"{named} gives another {source.file} than expected: {reason}")
+    return text
+
+
+def _package(source: TextSource, pages: Pages, packages: Iterable[Package]) -> Package:
+    package = next((p for p in packages if p.name == pages.package), None)
     if package is None:
         raise UserError(
-            f"{source.file} is made from the Debian package {source.package}, which none of the "
+            f"{source.file} is made from the Debian package {pages.package}, which none of the "
             "files is; give its .deb too"
         )
-    text = compose(package.pages(source.folder))
-    if hashlib.sha256(text.encode()).hexdigest() != source.sha256:
-        reason = (
-            "this Python's HTML parser reads it differently; use another version of Python"
-            if package.version == source.version
-            else f"give the .deb of version {source.version}"
-        )
-        raise UserError(
-            f"{source.package} {package.version} gives another {source.file} than expected: "
-            f"{reason}"
-        )
-    return text
+    return package
+
+
+def _written(source: TextSource, blocks: Iterable[str]) -> str:
+    if source.file.endswith(".jsonl"):
+        return "".join(json.dumps({"text": block}, ensure_ascii=False) + "\n" for block in blocks)
+    return "\n\n".join(blocks) + "\n"
 
 
 def _download(packages: Sequence[str], folder: Path) -> list[Path]:
@@ -218,16 +246,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command; a mistake is one line on standard error and exit code 2."""
     parser = argparse.ArgumentParser(
         prog="python -m jaxopt_models.bench.texts",
-        description="Make calib.txt and eval.txt for `jaxopt-models bench quality`.",
+        description="Make calib.txt and eval.txt for `jaxopt-models bench`.",
     )
     parser.add_argument("directory", type=Path, metavar="DIR")
+    parser.add_argument("--train", action="store_true", help="make train.jsonl, too")
     parser.add_argument(
         "--deb", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
         help="package files, instead of fetching them with apt-get",
     )  # fmt: skip
     options = parser.parse_args(arguments)
     try:
-        for path in build_texts(options.directory, options.deb, SOURCES):
+        sources = (*SOURCES, TRAINING) if options.train else SOURCES
+        for path in build_texts(options.directory, options.deb, sources):
             print(f"{path}: {path.stat().st_size} bytes, as expected")
     except UserError as error:
         print(f"texts: {error}", file=sys.stderr)

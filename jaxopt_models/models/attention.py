@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxopt_models.models.config import Rope
+from jaxopt_models.models.flash_attention import flash_attention, has_flash_attention
 from kernels_pallas import cached_attention, reference
 
 _QUERY_CHUNK = 1024  # most queries of which scores are held at once
@@ -103,8 +107,8 @@ def self_attend(
 ) -> jax.Array:
     """Attention in whole sequences: key i is that of query i.
 
-    A chunk of queries is multiplied only with keys that one of its queries sees: with four chunks
-    that is 5/8 of all scores, and less under a window.
+    On GPUs that have it in a library, in two bytes, scores are never in memory
+    (`flash_attention`); elsewhere a chunk of queries has them at a time.
 
     Args:
       query: [B, T, H, d].
@@ -116,9 +120,20 @@ def self_attend(
     Returns:
       [B, T, H, d] in the dtype of `query`.
     """
-    length = query.shape[1]
+    in_chunks = partial(_attend_in_chunks, scale=scale, window=window, softcap=softcap)
+    if not has_flash_attention(query, key, value, softcap=softcap, starts=starts):
+        return in_chunks(query, key, value, starts)
+    flash = partial(flash_attention, scale=scale, window=window)
+    return lax.platform_dependent(query, key, value, starts, cuda=flash, default=in_chunks)
+
+
+def _attend_in_chunks(
+    query: jax.Array, key: jax.Array, value: jax.Array, starts: jax.Array | None, **options: Any
+) -> jax.Array:
+    """A chunk of queries is multiplied only with keys that one of its queries sees: with four
+    chunks that is 5/8 of all scores, and less under a window."""
+    length, window = query.shape[1], options["window"]
     positions = jnp.arange(length, dtype=jnp.int32)[None]
-    options = {"scale": scale, "window": window, "softcap": softcap}
 
     def chunk(part: slice) -> jax.Array:
         seen = slice(0 if window is None else max(0, part.start - window + 1), part.stop)

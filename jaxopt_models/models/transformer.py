@@ -268,7 +268,7 @@ def final_norm(
 def logits(config: ModelConfig, params: Any, hidden: jax.Array) -> jax.Array:
     """Output head on normed hidden states [..., D]: float32 [..., V], soft cap included."""
     (head,) = output_head(params).values()
-    out = linear(hidden, head["weight"]).astype(jnp.float32)
+    out = linear(hidden, head["weight"], dtype=jnp.float32)
     cap = config.final_softcap
     return out if cap is None else cap * jnp.tanh(out / cap)
 

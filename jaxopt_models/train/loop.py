@@ -86,6 +86,7 @@ def fit(
     evaluate: Evaluate | None = None,
     checkpoints: Checkpoints | None = None,
     log: Log | None = None,
+    least_seconds: float | None = None,
     progress: Progress = silent,
 ) -> TrainState:
     """Trains from where a state is to the end of the run.
@@ -99,7 +100,9 @@ def fit(
       evaluate: what to measure of parameters.
       checkpoints: where to save.
       log: takes lines: means of the step's metrics, weighted by "count", with "skipped" and "count"
-        summed, "seconds" and "tokens_per_second"; and what `evaluate` measures.
+        summed, "seconds", "tokens_per_second" of those counted, and "mfu", if the next argument is
+        given; and what `evaluate` measures.
+      least_seconds: of a step, if devices multiplied at their peak rate (`flops.least_seconds`).
       progress: wraps the loop.
 
     Returns:
@@ -109,9 +112,9 @@ def fit(
       UserError: when too many steps in a row were skipped.
     """
     log = log or Log(None)
-    window = _Window()
+    window = _Window(least_seconds)
     begun = int(state.step)
-    for number in progress(list(range(begun, pace.steps)), "training"):
+    for number in progress(list(range(begun, pace.steps)), window.described):
         state, metrics = step(state, context, batch(number))
         skipped = window.add(metrics, state.skipped)
         if skipped >= pace.most_skipped:
@@ -136,7 +139,9 @@ def fit(
 class _Window:
     """Metrics since the last line. What is on the device is read one step late."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_seconds: float | None = None) -> None:
+        self._least, self._steps = least_seconds, 0
+        self._last: dict[str, float] = {}
         self._waiting: tuple[dict[str, jax.Array], jax.Array] | None = None
         self._sums: dict[str, float] = {}
         self._count = 0.0
@@ -145,6 +150,7 @@ class _Window:
     def add(self, metrics: dict[str, jax.Array], skipped: jax.Array) -> int:
         """How many steps in a row were skipped before this one."""
         before, self._waiting = self._waiting, (metrics, skipped + 0)  # the next step takes it over
+        self._steps += 1
         return self._take(before)
 
     def _take(self, waiting: tuple[dict[str, jax.Array], jax.Array] | None) -> int:
@@ -169,7 +175,20 @@ class _Window:
         self._sums, self._count, self._seconds = {}, 0.0, 0.0
         self._start = time.perf_counter()
         rate = {"seconds": seconds, "tokens_per_second": count / seconds}
-        return means | {"count": count, "skipped": missed} | rate
+        if self._least is not None:
+            rate["mfu"] = self._steps * self._least / seconds
+        self._steps = 0
+        self._last = means | {"count": count, "skipped": missed} | rate
+        return dict(self._last)
+
+    def described(self) -> str:
+        """How it went up to the last line."""
+        parts = ["training"]
+        if "tokens_per_second" in self._last:
+            parts.append(f"{self._last['tokens_per_second']:,.0f} tokens/s")
+        if "mfu" in self._last:
+            parts.append(f"{self._last['mfu']:.0%} of the peak rate")
+        return ", ".join(parts)
 
     def pause(self) -> None:
         """What comes now, until `restart`, is no training."""

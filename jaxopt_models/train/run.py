@@ -12,7 +12,7 @@ among them; the first one writes.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, place, shard
 from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES
+from jaxopt_models.train import flops
 from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import fake_quantized, fold
@@ -94,17 +95,17 @@ def train(
     _check_directory(out, described, resume)
     agree(described | {"out": str(out), "resume": resume})
     teacher = load(settings.model)
-    rows = _rows(teacher, settings)  # first, since quantizing takes long
+    rows = training_rows(teacher, settings)  # first, since quantizing takes long
     terms = settings.terms(technique)
-    needed = any(term.loss.needs_teacher for term in terms)
     if settings.teacher_cache is not None:
         rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
-        needed = False
-    student = _student(technique, settings, teacher, progress)
+    student = student_of(technique, settings, teacher, progress)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
         student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
-    step, state = _begun(settings, terms, teacher, student, mesh)
+    state, context = first_state(settings, student), context_of(settings, terms, teacher)
+    places = None if mesh is None else jax.tree.map(lambda array: array.sharding, state)
+    step = make_step(settings, terms, teacher.config, student.config, mesh, places)
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_json(out / "run.json", described)
@@ -116,12 +117,15 @@ def train(
         state = fit(
             step,
             state,
-            _batches(rows, settings, mesh),
-            _compute(teacher, settings) if needed else None,
+            training_batches(rows, settings, mesh),
+            context,
             Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
-            evaluate=_measure(student.config, teacher, settings, mesh),
+            evaluate=measurement(student.config, teacher, settings, mesh),
             checkpoints=states,
             log=log,
+            least_seconds=_least_seconds(
+                settings, state, student, None if context is None else teacher, mesh
+            ),
             progress=progress,
         )
     model = replace(student, params=_finished(state.params, teacher.params, settings))
@@ -151,26 +155,48 @@ def _mesh(settings: RunSettings) -> Mesh | None:
     return mesh
 
 
-def _begun(
+def make_step(
     settings: RunSettings,
     terms: Sequence[Term],
-    teacher: Model,
-    student: Model,
-    mesh: Mesh | None,
-) -> tuple[Step, TrainState]:
-    """The step, and the state before the first one."""
-    config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
-    optimizer = settings.optimizer.transformation(settings.steps)
-    state = start(student.params, optimizer, settings.trained, settings.freeze)
-    rows = places = None
-    if mesh is not None:
-        rows = NamedSharding(mesh, P(BATCH))
-        places = jax.tree.map(lambda array: array.sharding, state)
+    teacher: ModelConfig,
+    student: ModelConfig,
+    mesh: Mesh | None = None,
+    shardings: TrainState | None = None,
+) -> Step:
+    """The jitted step; runs whose settings differ in the seed alone may share it.
+
+    On a mesh it needs to know where the arrays of the state lie, and stay.
+    """
+    config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
+    rows = None if mesh is None else NamedSharding(mesh, P(BATCH))
     loss = next_token_loss(config, terms, taught, settings.remat, rows)
-    step = make_train_step(
-        loss, optimizer, parts=settings.parts, max_norm=settings.max_norm, shardings=places
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return make_train_step(
+        loss, optimizer, parts=settings.parts, max_norm=settings.max_norm, shardings=shardings
     )
-    return step, state
+
+
+def first_state(settings: RunSettings, student: Model) -> TrainState:
+    """Before the first step."""
+    optimizer = settings.optimizer.transformation(settings.steps)
+    return start(student.params, optimizer, settings.trained, settings.freeze)
+
+
+def _least_seconds(
+    settings: RunSettings,
+    state: TrainState,
+    student: Model,
+    teacher: Model | None,
+    mesh: Mesh | None,
+) -> float | None:
+    """Of a step in bfloat16, at the peak rate of the devices; None if that is not known."""
+    if settings.dtype != "bfloat16":
+        return None
+    each = flops.training_flops(student.config, student.params, state.trained, settings.length)
+    if teacher is not None:
+        each += flops.forward_flops(teacher.config, teacher.params, settings.length)
+    devices = jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+    return flops.least_seconds(settings.batch * settings.length * each, devices)
 
 
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
@@ -190,8 +216,8 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
         )
 
 
-def _student(
-    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress
+def student_of(
+    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress = silent
 ) -> Model:
     """The model to train, what is trained of it in float32."""
     student = _learner(settings, teacher) if technique == "distill" else teacher
@@ -257,8 +283,16 @@ def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
     )
 
 
-def _compute(teacher: Model, settings: RunSettings) -> Any:
-    """The teacher's parameters in the dtype of computation, those that are plain arrays."""
+def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
+    """What the step reads besides the batch: the teacher's parameters as they compute; None if no
+    loss needs them, or what the teacher says comes with the batch."""
+    if settings.teacher_cache is not None or not any(term.loss.needs_teacher for term in terms):
+        return None
+    return _computing(teacher, settings)
+
+
+def _computing(teacher: Model, settings: RunSettings) -> Any:
+    """Parameters, plain arrays of them in the dtype of computation."""
     dtype = jnp.dtype(settings.dtype)
 
     def cast(_: str, leaf: Any) -> Any:
@@ -267,7 +301,8 @@ def _compute(teacher: Model, settings: RunSettings) -> Any:
     return tree.map_with_path(cast, teacher.params)
 
 
-def _rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
+    """The text that is trained on, as rows: "tokens", and what `next_token_loss` reads besides."""
     tokenizer = data.tokenizer_of(model)
     if settings.packing == "documents":
         return pack_documents(
@@ -291,7 +326,10 @@ def _cached(
     temperature = chosen.temperature([term.loss for term in terms])
     made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
     if not Path(chosen.directory).expanduser().exists():
-        config, params = replace(teacher.config, dtype=settings.dtype), _compute(teacher, settings)
+        config, params = (
+            replace(teacher.config, dtype=settings.dtype),
+            _computing(teacher, settings),
+        )
         placed = params if mesh is None else shard(params, mesh, TRAINING_RULES)
         teacher_cache.write(
             chosen.directory,
@@ -306,7 +344,8 @@ def _cached(
     return teacher_cache.read(chosen.directory, made_of, chosen.top_k)
 
 
-def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Mesh | None) -> Any:
+def training_batches(rows: dict[str, Any], settings: RunSettings, mesh: Mesh | None = None) -> Any:
+    """Number of a step -> its batch, on the devices."""
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
     spec = P(BATCH) if settings.parts == 1 else P(None, BATCH)
 
@@ -324,7 +363,9 @@ def _batches(rows: dict[str, Any], settings: RunSettings, mesh: Mesh | None) -> 
     return batch
 
 
-def _measure(config: ModelConfig, teacher: Model, settings: RunSettings, mesh: Mesh | None) -> Any:
+def measurement(
+    config: ModelConfig, teacher: Model, settings: RunSettings, mesh: Mesh | None = None
+) -> Callable[[Any], dict[str, float]]:
     """Parameters -> what they would be worth if the run ended: perplexity and divergence from the
     teacher, on text that is not trained on."""
     chosen = settings.evaluation

@@ -19,9 +19,9 @@ Everything but the model, and the recipe or the student, has a default.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import optax
 import yaml
@@ -222,9 +222,21 @@ class RunSettings(Strict):
         for assignment in overrides:
             fields = with_override(fields, assignment, optional=cls.model_fields)
         try:
+            return cls.of(fields)
+        except UserError as error:
+            raise UserError(f"run {file}: {error}") from error
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "RunSettings":
+        """The settings with these fields.
+
+        Raises:
+          UserError: for an unknown key or a wrong value.
+        """
+        try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise UserError(f"run {file}: {explain(error, 'run')}") from error
+            raise UserError(explain(error, "run")) from error
 
     def terms(self, technique: Technique) -> tuple[Term, ...]:
         """The losses, or the technique's own."""

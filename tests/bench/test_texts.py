@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import subprocess
 import tarfile
 from dataclasses import replace
@@ -46,12 +47,17 @@ def ar(members: dict[str, bytes]) -> bytes:
     return out
 
 
-def package(version: str = "1.0", pages: dict[str, str] = PAGES, compression: str = "xz") -> bytes:
-    control = f"Package: prose\nVersion: {version}\nDescription: words\n more: of them\n"
+def package(
+    version: str = "1.0",
+    pages: dict[str, str] = PAGES,
+    compression: str = "xz",
+    name: str = "prose",
+) -> bytes:
+    control = f"Package: {name}\nVersion: {version}\nDescription: words\n more: of them\n"
     names = ("b", "az", "li", "table", "a", "p", "txt")
     filled = {
-        f"{FOLDER}/{name}": page.format(**{n: sentence(n) for n in names}).encode()
-        for name, page in pages.items()
+        f"{FOLDER}/{path}": page.format(**{n: sentence(n) for n in names}).encode()
+        for path, page in pages.items()
     }
     return ar(
         {
@@ -81,9 +87,8 @@ EXPECTED = [
     sentence("b"),
 ]
 TEXT = "\n\n".join(EXPECTED) + "\n"
-SOURCE = texts.TextSource(
-    "prose.txt", "prose", "1.0", FOLDER, hashlib.sha256(TEXT.encode()).hexdigest()
-)
+PROSE = texts.Pages("prose", "1.0", FOLDER)
+SOURCE = texts.TextSource("prose.txt", (PROSE,), hashlib.sha256(TEXT.encode()).hexdigest())
 
 
 @pytest.mark.parametrize("compression", ["xz", "gz"])
@@ -99,23 +104,39 @@ def test_a_text_that_is_there_is_kept(tmp_path):
     assert texts.build_texts(tmp_path, [Path("missing.deb")], [SOURCE]) == [tmp_path / "prose.txt"]
 
 
-def test_a_long_text_is_thinned_evenly(monkeypatch):
-    monkeypatch.setattr(texts, "_TARGET", 3 * len(sentence("00")))
+def test_a_text_of_two_packages_as_documents(tmp_path, deb):
+    verse = tmp_path / "verse.deb"
+    verse.write_bytes(package(pages={"only.html": "<p>{b}</p><p>{txt}</p>"}, name="verse"))
+    blocks = [*EXPECTED, sentence("txt")]  # what both have is there once
+    lines = "".join(json.dumps({"text": block}) + "\n" for block in blocks)
+    source = replace(
+        SOURCE,
+        file="prose.jsonl",
+        pages=(PROSE, replace(PROSE, package="verse")),
+        sha256=hashlib.sha256(lines.encode()).hexdigest(),
+        size=None,
+    )
+    (path,) = texts.build_texts(tmp_path, [verse, deb], [source])
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == blocks
+
+
+def test_a_long_text_is_thinned_evenly():
     page = "".join(f"<p>{sentence(f'{i:02d}')}</p>" for i in range(10))
-    kept = [paragraph[:2] for paragraph in texts.compose([page]).split("\n\n")]
+    kept = [block[:2] for block in texts.compose([page], 3 * len(sentence("00")))]
     assert kept == ["00", "03", "06"]
 
 
 def test_paragraphs_are_grouped_and_a_rest_is_left_out(monkeypatch):
     monkeypatch.setattr(texts, "_BLOCK", 2 * len(sentence("0")))
     page = "".join(f"<p>{sentence(str(i))}</p>" for i in range(5))
-    assert texts.compose([page]) == "\n\n".join(sentence(str(i)) for i in range(4)) + "\n"
+    pairs = [("0", "1"), ("2", "3")]
+    assert texts.compose([page]) == ["\n\n".join(map(sentence, pair)) for pair in pairs]
 
 
 def test_paragraphs_that_are_not_text_are_left_out():
     broken = b"<p>" + sentence("x").encode() + b"\xff</p>"
     hidden = "".join(f"<{tag}><p>{sentence('x')}</{tag}>" for tag in ("pre", "style", "head"))
-    assert texts.compose([broken.decode("utf-8", "replace"), hidden]) == ""
+    assert texts.compose([broken.decode("utf-8", "replace"), hidden]) == []
 
 
 def test_apt_fetches_what_is_missing(tmp_path, monkeypatch):
@@ -149,7 +170,7 @@ def test_apt_failing_says_what_else_to_do(tmp_path, monkeypatch):
         (package()[:-100], "data.tar.xz is cut short"),
         (package().replace(b"\xfd7zXZ", b"\xfd8zXZ"), "whole Debian package"),
         (ar({"debian-binary": b"2.0\n"}), "it has no control.tar"),
-        (package("0.9", {"a.html": "<p>{a}"}), r"prose 0.9 gives another .* version 1.0"),
+        (package("0.9", {"a.html": "<p>{a}"}), r"prose 0.9 gives another .* prose 1.0"),
         (package("1.0", {"a.html": "<p>{a}"}), "another version of Python"),
     ],
 )
@@ -163,8 +184,9 @@ def test_a_wrong_package_is_one_line(tmp_path, content, says):
 
 
 def test_every_text_needs_its_package(tmp_path, deb):
+    verse = replace(SOURCE, file="v.txt", pages=(replace(PROSE, package="verse"),))
     with pytest.raises(UserError, match="Debian package verse"):
-        texts.build_texts(tmp_path, [deb], [SOURCE, replace(SOURCE, file="v.txt", package="verse")])
+        texts.build_texts(tmp_path, [deb], [SOURCE, verse])
 
 
 def test_the_command(tmp_path, deb, monkeypatch, capsys):

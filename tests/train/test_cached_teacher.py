@@ -60,7 +60,7 @@ class Descriptions(list):
     """Of loops that were run."""
 
     def __call__(self, items, description):
-        self.append(description)
+        self.append(description() if callable(description) else description)
         return items
 
 

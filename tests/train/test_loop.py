@@ -55,6 +55,23 @@ def test_lines_are_means_of_the_steps_since_the_last(tmp_path):
     assert all(line["tokens_per_second"] > 0 and line["skipped"] == 0 for line in lines)
 
 
+def test_the_peak_rate_is_beside_the_time():
+    """The part of it, over all steps of a line, is shown as well as logged."""
+    log, shown = Log(None), []
+
+    def progress(items, description):
+        for item in items:
+            yield item
+            shown.append(description())
+
+    batches = [jnp.full((2,), float(i)) for i in range(5)]
+    options = {"log": log, "least_seconds": 3.0, "progress": progress}
+    fit(STEP, _state(), batches.__getitem__, jnp.float32(1), Pace(5, log=2), **options)
+    for line, steps in zip(log.lines, (2, 2, 1), strict=True):
+        assert line["mfu"] == pytest.approx(3.0 * steps / line["seconds"])
+    assert shown[0] == "training" and "tokens/s" in shown[-1] and "peak rate" in shown[-1]
+
+
 def test_steps_that_are_skipped_are_not_in_the_mean_and_end_a_run():
     log, bad = Log(None), jnp.full((2,), jnp.nan)
 

@@ -18,7 +18,7 @@ from jaxopt_models.qtensor import DenseTensor, QTensor
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train.leaves import fake_quantized, fold
-from jaxopt_models.train.run import _rows, _wide, train
+from jaxopt_models.train.run import _wide, train, training_rows
 from jaxopt_models.train.settings import Optimizer, RunSettings
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
@@ -95,7 +95,7 @@ def test_documents_and_what_the_assistant_says(models, tmp_path):
     jom.save(tmp_path / "chat", *_model(2), tokenizer)
     settings = {"recipe": "nvfp4_weight_only", "text": str(text), "packing": "documents"}
     settings |= {"model": str(tmp_path / "chat"), "length": 48, "learn": "assistant"}
-    rows = _rows(jom.load(tmp_path / "chat"), _settings(models, **settings))
+    rows = training_rows(jom.load(tmp_path / "chat"), _settings(models, **settings))
     pairs = zip(rows["tokens"], rows["mask"], strict=True)
     assert [tokenizer.decode(own[mask]) for own, mask in pairs] == ["one two three!"] * 4
     for more in ({}, {"parts": 2, "mesh": {"data": 2}}):

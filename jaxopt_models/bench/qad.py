@@ -1,0 +1,236 @@
+"""How much of what quantization costs comes back by training, from the teacher and from the text.
+
+Of each recipe and seed, the quantized model is trained twice from the same start on the same
+batches: for what the unquantized model says (QAD), and for next tokens of the text (QAT). A seed
+changes the order of the text and nothing else. Everything is measured of the folded model in
+float32, matrix products included, on windows of another text, as `evaluate` does.
+"""
+
+import hashlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxopt_models import data
+from jaxopt_models.bench.qad_results import QadResults, row_line
+from jaxopt_models.bench.quality_peer import format_name
+from jaxopt_models.checkpoint.load import load
+from jaxopt_models.models.model import Model
+from jaxopt_models.progress import Progress, silent
+from jaxopt_models.quantize.recipe import Recipe
+from jaxopt_models.train.loop import Evaluate, Log, Pace, Step, fit
+from jaxopt_models.train.run import (
+    context_of,
+    first_state,
+    make_step,
+    measurement,
+    student_of,
+    training_batches,
+    training_rows,
+)
+from jaxopt_models.train.settings import RunSettings
+
+Mode = Literal["qat", "qad"]
+MODES: tuple[Mode, ...] = ("qat", "qad")
+RECIPES = ("nvfp4", "int4")
+SEEDS = (0, 1, 2)
+
+# Of the settings, what differs from run to run, or changes no figure.
+_UNTOLD = {"model", "recipe", "student", "seed", "losses", "save", "keep", "keep_best", "log"}
+
+
+def bench_qad(
+    settings: RunSettings,
+    recipes: Sequence[str | Path] = RECIPES,
+    seeds: Sequence[int] = SEEDS,
+    *,
+    qat_learning_rate: float | None = None,
+    limit: float | None = None,
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Trains a model by QAT and QAD under each recipe, with each seed.
+
+    Args:
+      settings: of every run, but for its recipe, seed and losses.
+      recipes: as `Recipe.load` takes them.
+      seeds: of the order of the text.
+      qat_learning_rate: the highest of QAT; None is that of the settings, which QAD has.
+      limit: seconds; nothing is begun that would take longer, if it takes what the row before took.
+      out: .json file that is rewritten after each row. One that is there is gone on with: recipes
+        and seeds that it has are not measured again.
+      say: takes a line for each row.
+      progress: wraps loops.
+
+    Returns:
+      What `QadResults.document` says: the protocol, and a row `{format, recipe, seed, ppl_teacher,
+      ppl_ptq, ppl_qat, ppl_qad, kl_ptq, kl_qat, kl_qad, kl_recovered, ppl_recovered, train_tokens,
+      minutes, runs}` for each recipe and seed. Both modes see `train_tokens`; the minutes are those
+      of the row. `runs` has for each mode `{learning_rate, tokens_per_second, skipped, curve}`, the
+      curve being the measurements `{step, perplexity, kl, top1_agreement}`, from step 0.
+
+    Raises:
+      UserError: for a model, recipe or text that cannot be read, for an `out` with rows of another
+        protocol, or for a run that is lost.
+    """
+    rates: dict[Mode, float] = {
+        "qat": qat_learning_rate or settings.optimizer.learning_rate,
+        "qad": settings.optimizer.learning_rate,
+    }
+    plans = [Recipe.load(recipe) for recipe in recipes]
+    teacher = load(settings.model)
+    rows = training_rows(teacher, settings)
+    results = QadResults(out, _protocol(settings, rates, rows))
+    missing = {
+        name: [seed for seed in seeds if not results.has(plan.name, seed)]
+        for name, plan in zip(recipes, plans, strict=True)
+    }
+    bench = _Bench(settings, rates, teacher, rows, _exactly(teacher, settings), progress)
+    start = time.perf_counter()
+    for row in bench.rows_of({name: left for name, left in missing.items() if left}):
+        results.add(row)
+        say(row_line(row))
+        if limit is not None and time.perf_counter() - start + 60 * row["minutes"] > limit:
+            break
+    return results.document()
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """What all rows share."""
+
+    settings: RunSettings
+    rates: Mapping[Mode, float]
+    teacher: Model
+    rows: dict[str, np.ndarray]
+    measure: Evaluate
+    progress: Progress
+
+    def rows_of(self, wanted: Mapping[str | Path, Sequence[int]]) -> Iterator[dict[str, Any]]:
+        """A row for each recipe and seed, when it is asked for."""
+        if not wanted:
+            return
+        ppl_teacher = self.measure(self.teacher.params)["perplexity"]
+        for recipe, seeds in wanted.items():
+            begun = time.perf_counter()
+            with jax.default_matmul_precision("highest"):
+                student = student_of("qad", self._settings("qad", recipe, 0), self.teacher)
+            start = {"step": 0} | dict(self.measure(student.params))
+            # One step of each mode for all seeds, so that it is compiled once.
+            steps: dict[Mode, Step] = {mode: self._step(mode, recipe, student) for mode in MODES}
+            for seed in seeds:
+                runs: dict[Mode, Any] = {
+                    mode: self._run(mode, step, self._settings(mode, recipe, seed), student, start)
+                    for mode, step in steps.items()
+                }
+                found = figures(ppl_teacher, runs)
+                minutes, begun = (time.perf_counter() - begun) / 60, time.perf_counter()
+                yield self._named(recipe, seed) | found | {"minutes": minutes, "runs": runs}
+
+    def _named(self, recipe: str | Path, seed: int) -> dict[str, Any]:
+        plan, own = Recipe.load(recipe), self.settings
+        tokens = own.steps * own.batch * own.length
+        name = {"format": format_name(plan), "recipe": plan.name, "seed": seed}
+        return name | {"train_tokens": tokens}
+
+    def _settings(self, mode: Mode, recipe: str | Path, seed: int) -> RunSettings:
+        own = {"recipe": str(recipe), "seed": seed, "losses": ()}
+        rate = {"learning_rate": self.rates[mode]}
+        optimizer = self.settings.optimizer.model_copy(update=rate)
+        return self.settings.model_copy(update=own | {"optimizer": optimizer})
+
+    def _step(self, mode: Mode, recipe: str | Path, student: Model) -> Step:
+        settings = self._settings(mode, recipe, 0)
+        return make_step(settings, settings.terms(mode), self.teacher.config, student.config)
+
+    def _run(
+        self, mode: Mode, step: Step, settings: RunSettings, student: Model, start: dict[str, Any]
+    ) -> dict[str, Any]:
+        title, log = f"{settings.recipe}, {mode}, seed {settings.seed}", Log(None)
+        fit(
+            step,
+            first_state(settings, student),
+            training_batches(self.rows, settings),
+            context_of(settings, settings.terms(mode), self.teacher),
+            Pace(settings.steps, settings.log, evaluate=settings.evaluation.every),
+            evaluate=self.measure,
+            log=log,
+            progress=lambda items, _: self.progress(items, title),
+        )
+        trained = [line for line in log.lines if "loss" in line]
+        return {
+            "learning_rate": settings.optimizer.learning_rate,
+            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
+            "skipped": int(sum(line["skipped"] for line in trained)),
+            "curve": [start, *(line for line in log.lines if "loss" not in line)],
+        }
+
+
+def figures(ppl_teacher: float, runs: Mapping[Mode, Mapping[str, Any]]) -> dict[str, float]:
+    """Both ends of the curves, and what share of the way back QAD goes:
+
+        kl_recovered = 1 - kl_qad / kl_ptq
+        ppl_recovered = (ppl_ptq - ppl_qad) / (ppl_ptq - ppl_teacher)
+
+    Args:
+      ppl_teacher: perplexity of the unquantized model, which has no divergence from itself.
+      runs: the "curve" of each mode.
+    """
+    qat, qad = runs["qat"]["curve"], runs["qad"]["curve"]
+    lost, left = (qad[at]["perplexity"] - ppl_teacher for at in (0, -1))
+    return {
+        "ppl_teacher": ppl_teacher,
+        "ppl_ptq": qad[0]["perplexity"],
+        "ppl_qat": qat[-1]["perplexity"],
+        "ppl_qad": qad[-1]["perplexity"],
+        "kl_ptq": qad[0]["kl"],
+        "kl_qat": qat[-1]["kl"],
+        "kl_qad": qad[-1]["kl"],
+        "kl_recovered": 1.0 - qad[-1]["kl"] / qad[0]["kl"],
+        "ppl_recovered": 1.0 - left / lost,
+    }
+
+
+def _exactly(teacher: Model, settings: RunSettings) -> Evaluate:
+    """`run.measurement` with float32 products, which a GPU rounds to TF32 otherwise."""
+    with jax.default_matmul_precision("highest"):
+        measure = measurement(teacher.config, teacher, settings)
+
+    def exactly(params: Any) -> Mapping[str, float]:
+        with jax.default_matmul_precision("highest"):
+            return measure(params)
+
+    return exactly
+
+
+def _protocol(
+    settings: RunSettings, rates: Mapping[Mode, float], rows: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What figures depend on. Files are told by name and content, since their place may change."""
+    told = settings.model_dump(mode="json", exclude=_UNTOLD)
+    for source in (told, told["evaluation"], told["calibration"]):
+        source["text"] = _name(source["text"])
+    del told["optimizer"]["learning_rate"]
+    text = data.load_text(settings.evaluation.text, "evaluation")
+    learnt = hashlib.sha256()
+    for name in sorted(rows):
+        learnt.update(np.ascontiguousarray(rows[name]).tobytes())
+    return {
+        "model": _name(settings.model),
+        "learning_rates": dict(rates),
+        "rows_of_text": len(rows["tokens"]),
+        "sha256_of_rows": learnt.hexdigest(),
+        "sha256_of_evaluation": hashlib.sha256(text.encode()).hexdigest(),
+        "settings": told,
+    }
+
+
+def _name(source: str) -> str:
+    return Path(source).name if Path(source).exists() else source
