@@ -9,6 +9,7 @@ OUT/model/         the result, a checkpoint that `load` reads: quantized leaves,
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.train import flops
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.leaves import computed, fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
 from jaxopt_models.train.settings import RunSettings, Technique
@@ -88,6 +89,7 @@ def train(
     terms = settings.terms(technique)
     needed = any(term.loss.needs_teacher for term in terms)
     step, state = _begun(settings, terms, teacher, student)
+    least = _least_seconds(settings, state, student, teacher if needed else None, mesh)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
@@ -104,9 +106,7 @@ def train(
             evaluate=_measure(student.config, teacher, settings),
             checkpoints=states,
             log=log,
-            least_seconds=_least_seconds(
-                settings, state, student, teacher if needed else None, mesh
-            ),
+            least_seconds=least,
             progress=progress,
         )
     model = replace(student, params=_finished(state.params, teacher.params))
@@ -130,7 +130,10 @@ def _begun(
     config, taught = (replace(m.config, dtype=settings.dtype) for m in (student, teacher))
     optimizer = settings.optimizer.transformation(settings.steps)
     loss = next_token_loss(config, terms, taught, settings.remat)
-    step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
+    options = {"parts": settings.parts, "max_norm": settings.max_norm}
+    step = make_train_step(
+        loss, optimizer, prepare=partial(computed, dtype=config.dtype), **options
+    )
     return step, start(student.params, optimizer, settings.train, settings.freeze)
 
 
