@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_models import tree
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
 from jaxopt_models.errors import UserError
@@ -88,7 +89,12 @@ def _predictor(
     remat: Remat = "none",
 ) -> Predictor:
     hidden = hidden_states(config, params, tokens, starts, remat)
-    return Predictor(output_head(params), hidden, config)
+    # Once, since each piece of the logits reads it.
+    head = tree.map_with_path(
+        lambda _, leaf: leaf if tree.is_leaf(leaf) else leaf.astype(config.dtype),
+        output_head(params),
+    )
+    return Predictor(head, hidden, config)
 
 
 def _name(loss: LogitLoss) -> str:

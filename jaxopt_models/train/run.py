@@ -36,7 +36,7 @@ from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.train import flops
 from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.leaves import computed, fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
 from jaxopt_models.train.settings import Adapters, RunSettings, Technique
@@ -96,6 +96,8 @@ def train(
         student = replace(student, params=shard(student.params, mesh))
     step = make_step(settings, terms, teacher.config, student.config)
     state, context = first_state(settings, student), context_of(settings, terms, teacher)
+    taught = None if context is None else teacher
+    least = _least_seconds(settings, state, student, taught, mesh)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
@@ -112,9 +114,7 @@ def train(
             evaluate=measurement(student.config, teacher, settings),
             checkpoints=states,
             log=log,
-            least_seconds=_least_seconds(
-                settings, state, student, None if context is None else teacher, mesh
-            ),
+            least_seconds=least,
             progress=progress,
         )
     model = replace(student, params=_finished(state.params, teacher.params, settings))
@@ -137,8 +137,10 @@ def make_step(
     """The jitted step; runs whose settings differ in the seed alone may share it."""
     config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
     loss = next_token_loss(config, terms, taught, settings.remat)
+    prepare = partial(computed, dtype=config.dtype)
     optimizer = settings.optimizer.transformation(settings.steps)
-    return make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
+    options = {"parts": settings.parts, "max_norm": settings.max_norm}
+    return make_train_step(loss, optimizer, prepare=prepare, **options)
 
 
 def first_state(settings: RunSettings, student: Model) -> TrainState:
