@@ -23,6 +23,7 @@ from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
@@ -187,11 +188,11 @@ def _finished(params: Any, like: Any) -> Any:
     """As they are saved and measured: quantized, plain arrays in the dtype the model came with."""
     dtype = like["embed_tokens"]["weight"].dtype
 
-    def narrow(leaf: Any) -> Any:
+    def narrow(path: str, leaf: Any) -> Any:
         plain = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32
-        return leaf.astype(dtype) if plain else leaf
+        return leaf.astype(dtype) if plain and not in_kv_cache(path) else leaf
 
-    return tree.map_with_path(lambda _, leaf: narrow(leaf), fold(params))
+    return tree.map_with_path(narrow, fold(params))
 
 
 def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
@@ -201,8 +202,8 @@ def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> 
         return None
     dtype = jnp.dtype(settings.dtype)
 
-    def cast(_: str, leaf: Any) -> Any:
-        return leaf if tree.is_leaf(leaf) else leaf.astype(dtype)
+    def cast(path: str, leaf: Any) -> Any:
+        return leaf if tree.is_leaf(leaf) or in_kv_cache(path) else leaf.astype(dtype)
 
     return tree.map_with_path(cast, teacher.params)
 
