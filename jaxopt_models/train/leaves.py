@@ -9,6 +9,7 @@ from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor, LearnedAmax, learned_amax
 from jaxopt_models.hadamard import hadamard
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.numerics import Scales, overall_amax
 from jaxopt_models.qtensor import DenseTensor, Gradient, QTensor
 
@@ -39,7 +40,8 @@ def fake_quantized(
       gradient: straight through, or "clip", masked to what the grid can represent.
 
     Returns:
-      The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there.
+      The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there,
+      and what quantizes cached keys and values, which rounds them in training, too.
 
     Raises:
       UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of, or
@@ -59,7 +61,8 @@ def fake_quantized(
         return _fake(path, _master(path, originals[path], q), q, scales, gradient)
 
     fakes = tree.map_with_path(leaf, quantized)
-    if not any(isinstance(one, FakeTensor) for _, one in tree.leaves_with_paths(fakes)):
+    leaves = tree.leaves_with_paths(fakes)
+    if not any(isinstance(one, FakeTensor) or in_kv_cache(path) for path, one in leaves):
         raise UserError("no tensor is quantized, so there is nothing to train for")
     return fakes
 

@@ -27,6 +27,7 @@ from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
@@ -258,8 +259,8 @@ def _computing(teacher: Model, settings: RunSettings) -> Any:
     """Parameters, plain arrays of them in the dtype of computation."""
     dtype = jnp.dtype(settings.dtype)
 
-    def cast(_: str, leaf: Any) -> Any:
-        return leaf if tree.is_leaf(leaf) else leaf.astype(dtype)
+    def cast(path: str, leaf: Any) -> Any:
+        return leaf if tree.is_leaf(leaf) or in_kv_cache(path) else leaf.astype(dtype)
 
     return tree.map_with_path(cast, teacher.params)
 
