@@ -188,6 +188,50 @@ def bench_decode(
         )
 
 
+@bench.command("training")
+def bench_training(
+    model: Annotated[str, typer.Option(help="Shape: llama-1b, llama-8b or tiny.")] = "llama-1b",
+    modes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--modes",
+            help="bf16, qat_nvfp4, qat_int4, qad_nvfp4, distill; may be repeated; else all.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="The first of them; may be repeated; else 1.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a part on each device.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 2048,
+    parts: Annotated[int, typer.Option(min=1, help="Of a step, accumulated.")] = 4,
+    remat: Annotated[
+        Literal["none", "products", "layers"],
+        typer.Option(help="What is computed again for gradients."),
+    ] = "products",
+    steps: Annotated[int, typer.Option(min=1, help="That are timed.")] = 10,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which nothing more is begun.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for training_<device>.json.")
+    ] = None,
+) -> None:
+    """Time training on random weights, beside bfloat16 and the devices' peak rate.
+
+    Rows are printed and saved one by one. A file that is there is gone on with.
+    """
+    from jaxopt_models.bench import training
+
+    training.bench_training(
+        training.Setting(model, batch, length, parts, remat, steps),
+        modes or training.MODES,
+        gpus or (1,),
+        limit=limit,
+        out=out,
+        say=lambda line: report.out.print(line, soft_wrap=True, markup=False, highlight=False),
+    )
+
+
 @bench.command("greedy")
 def bench_greedy(
     model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",

@@ -3,6 +3,7 @@
 A row is the key, or the value, of one token and head. No scale spans rows, so a token's code
 depends on nothing but the token. The law, bit for bit:
     quantizer(x) == restore(*store(x))
+Its gradient is straight-through, so that models train under the cache they will be served with.
 Keys come after rotary embedding; with `rotate` both queries and keys are multiplied by an
 orthonormal Hadamard matrix, which leaves q·k as it is.
 
@@ -119,6 +120,14 @@ class KVQuantizer:
     def rotated(self, x: jax.Array) -> jax.Array:
         """Queries or keys [..., d] in the space in which keys are stored."""
         return hadamard(x, x.shape[-1]) if self.rotate else x
+
+
+def in_kv_cache(path: str) -> bool:
+    """Whether a path of a parameter tree leads to an array of a layer's `kv_cache`.
+
+    Those are calibrated: they are neither trained nor cast, as the plain arrays beside them are.
+    """
+    return "/self_attn/kv_cache/" in path
 
 
 def with_kv_cache(params: Any, quantizers: Sequence[KVQuantizer | None]) -> Any:

@@ -160,9 +160,13 @@ def test_blank_storage_has_the_shapes_of_what_is_stored_and_reads_as_the_bias(q)
 
 
 @every_variant
-def test_the_gradient_is_straight_through(q):
-    grad = jax.jit(jax.grad(lambda x: jnp.sum(_fake(q, x) * rows(6))))(rows())
-    assert np.array_equal(grad, rows(6))
+@pytest.mark.parametrize("size", [1, 100])
+def test_the_gradient_is_straight_through(q, size):
+    """Past the calibrated magnitude, too."""
+    x = size * rows()
+    rounded, pull = jax.vjp(partial(_fake, q), x)
+    assert np.array_equal(rounded, _fake(q, x)) and not np.array_equal(rounded, x)
+    assert np.array_equal(pull(rows(6))[0], rows(6))
 
 
 def test_a_value_past_the_calibrated_magnitude_saturates():

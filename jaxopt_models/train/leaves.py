@@ -9,8 +9,9 @@ from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor, LearnedAmax, learned_amax
 from jaxopt_models.hadamard import hadamard
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.numerics import Scales, overall_amax
-from jaxopt_models.qtensor import Gradient, QTensor
+from jaxopt_models.qtensor import DenseTensor, Gradient, QTensor
 
 ScaleMode = Literal["dynamic", "static", "learned", "learned_untied"]
 # Of a weight and what it was quantized to: the relative distance, which is below a half for the
@@ -39,7 +40,8 @@ def fake_quantized(
       gradient: straight through, or "clip", masked to what the grid can represent.
 
     Returns:
-      The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there.
+      The tree of `quantized`, a `FakeTensor` for each `QTensor`; other leaves as they are there,
+      and what quantizes cached keys and values, which rounds them in training, too.
 
     Raises:
       UserError: if nothing is quantized, if a weight is not what its quantized leaf was made of, or
@@ -59,9 +61,34 @@ def fake_quantized(
         return _fake(path, _master(path, originals[path], q), q, scales, gradient)
 
     fakes = tree.map_with_path(leaf, quantized)
-    if not any(isinstance(one, FakeTensor) for _, one in tree.leaves_with_paths(fakes)):
+    leaves = tree.leaves_with_paths(fakes)
+    if not any(isinstance(one, FakeTensor) or in_kv_cache(path) for path, one in leaves):
         raise UserError("no tensor is quantized, so there is nothing to train for")
     return fakes
+
+
+def computed(params: Any, dtype: Any) -> Any:
+    """Parameters as the forward pass reads them, worked out once for all that reads them.
+
+    Matrices are in the dtype of computation, those of a `FakeTensor` rounded; the forward pass is
+    the same bit for bit. Tables of embeddings stay, since their rows' gradients are to be added in
+    float32.
+
+    Args:
+      params: parameter tree.
+      dtype: of computation.
+    """
+
+    def leaf(path: str, one: Any) -> Any:
+        if path.startswith("embed_tokens/"):
+            return one
+        if isinstance(one, FakeTensor):
+            steps = one.pre_scale, one.low_rank, one.input
+            return DenseTensor(one.dequantize(dtype), *steps, rotate=one.rotate)
+        matrix = not tree.is_leaf(one) and path.endswith("/weight") and one.ndim >= 2
+        return one.astype(dtype) if matrix else one
+
+    return tree.map_with_path(leaf, params)
 
 
 def fold(params: Any) -> Any:

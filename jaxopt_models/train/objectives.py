@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from jaxopt_models import tree
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
 from jaxopt_models.errors import UserError
@@ -93,7 +94,12 @@ def _predictor(
     sharding: Sharding | None = None,
 ) -> Predictor:
     hidden = hidden_states(config, params, tokens, starts, remat, sharding)
-    return Predictor(output_head(params), hidden, config)
+    # Once, since each piece of the logits reads it.
+    head = tree.map_with_path(
+        lambda _, leaf: leaf if tree.is_leaf(leaf) else leaf.astype(config.dtype),
+        output_head(params),
+    )
+    return Predictor(head, hidden, config)
 
 
 def _name(loss: LogitLoss) -> str:

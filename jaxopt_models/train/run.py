@@ -34,6 +34,7 @@ from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
@@ -44,7 +45,7 @@ from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES
 from jaxopt_models.train import flops
 from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.leaves import computed, fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
 from jaxopt_models.train.settings import Adapters, RunSettings, Technique
@@ -106,6 +107,8 @@ def train(
     state, context = first_state(settings, student), context_of(settings, terms, teacher)
     places = None if mesh is None else jax.tree.map(lambda array: array.sharding, state)
     step = make_step(settings, terms, teacher.config, student.config, mesh, places)
+    taught = None if context is None else teacher
+    least = _least_seconds(settings, state, student, taught, mesh)
     out.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0:
         write_json(out / "run.json", described)
@@ -123,9 +126,7 @@ def train(
             evaluate=measurement(student.config, teacher, settings, mesh),
             checkpoints=states,
             log=log,
-            least_seconds=_least_seconds(
-                settings, state, student, None if context is None else teacher, mesh
-            ),
+            least_seconds=least,
             progress=progress,
         )
     model = replace(student, params=_finished(state.params, teacher.params, settings))
@@ -170,9 +171,13 @@ def make_step(
     config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
     rows = None if mesh is None else NamedSharding(mesh, P(BATCH))
     loss = next_token_loss(config, terms, taught, settings.remat, rows)
-    optimizer = settings.optimizer.transformation(settings.steps)
     return make_train_step(
-        loss, optimizer, parts=settings.parts, max_norm=settings.max_norm, shardings=shardings
+        loss,
+        settings.optimizer.transformation(settings.steps),
+        parts=settings.parts,
+        max_norm=settings.max_norm,
+        prepare=partial(computed, dtype=config.dtype),
+        shardings=shardings,
     )
 
 
@@ -295,8 +300,8 @@ def _computing(teacher: Model, settings: RunSettings) -> Any:
     """Parameters, plain arrays of them in the dtype of computation."""
     dtype = jnp.dtype(settings.dtype)
 
-    def cast(_: str, leaf: Any) -> Any:
-        return leaf if tree.is_leaf(leaf) else leaf.astype(dtype)
+    def cast(path: str, leaf: Any) -> Any:
+        return leaf if tree.is_leaf(leaf) or in_kv_cache(path) else leaf.astype(dtype)
 
     return tree.map_with_path(cast, teacher.params)
 

@@ -5,8 +5,10 @@
 A step whose loss or gradient is not finite changes nothing and is counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import compress
+from operator import not_
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -120,6 +122,7 @@ def make_train_step(
     *,
     parts: int = 1,
     max_norm: float | None = None,
+    prepare: Callable[[Any], Any] | None = None,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted step: (state, context, batch) -> (state, metrics).
@@ -133,6 +136,8 @@ def make_train_step(
       parts: gradients of so many parts are accumulated; the batch's arrays are then
         [parts, B, ...], else [B, ...].
       max_norm: of the gradient, over all arrays; None leaves it.
+      prepare: makes of parameters those that the loss reads, leaf by leaf, once for all parts and
+        for what is computed again; see `leaves.computed`. None gives it the parameters themselves.
       shardings: a tree like the state, of its arrays and of gradients; None leaves them to XLA.
 
     Returns:
@@ -140,25 +145,27 @@ def make_train_step(
       "count"; "gradient_norm", before it is scaled; "skipped", 1 if the step changed nothing.
     """
 
-    def of_part(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
-        def total(trained: Any) -> tuple[jax.Array, Sums]:
-            sums = loss(combine(trained, state.frozen), context, batch, state.step)
-            return sums.total, sums
-
-        gradient, sums = jax.grad(total, has_aux=True)(state.trained)
-        if shardings is not None:
-            gradient = lax.with_sharding_constraint(gradient, shardings.trained)
-        return gradient, sums
-
     def of_batch(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
+        moved, whole, pull = _prepared(state, prepare)
+
+        def of_part(part: Any) -> tuple[Any, Sums]:
+            def total(moved: Any) -> tuple[jax.Array, Sums]:
+                sums = loss(whole(moved), context, part, state.step)
+                return sums.total, sums
+
+            gradient, sums = jax.grad(total, has_aux=True)(moved)
+            gradient = pull(gradient)
+            if shardings is not None:
+                gradient = lax.with_sharding_constraint(gradient, shardings.trained)
+            return gradient, sums
+
         if parts == 1:
-            return of_part(state, context, batch)
+            return of_part(batch)
 
         def one(carry: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, of_part(state, context, part)), None
+            return jax.tree.map(jnp.add, carry, of_part(part)), None
 
-        first = jax.tree.map(lambda array: array[0], batch)
-        shapes = jax.eval_shape(of_part, state, context, first)
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda array: array[0], batch))
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         return lax.scan(one, zeros, batch)[0]
 
@@ -177,6 +184,37 @@ def make_train_step(
         return _updated(optimizer, state, gradient, finite), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _prepared(
+    state: TrainState, prepare: Callable[[Any], Any] | None
+) -> tuple[Any, Callable[[Any], Any], Callable[[Any], Any]]:
+    """(arrays to differentiate by, what makes the loss's parameters of them, what takes their
+    gradient to what is trained)."""
+    if prepare is None:
+        return state.trained, lambda moved: combine(moved, state.frozen), lambda gradient: gradient
+    known = [path for path, leaf in tree.leaves_with_paths(state.trained) if jax.tree.leaves(leaf)]
+    shapes = jax.eval_shape(prepare, state.params)
+    structure, moves = jax.tree.structure(shapes), list(_moving(shapes, frozenset(known)))
+
+    def apart(trained: Any) -> tuple[list[Any], list[Any]]:
+        arrays = jax.tree.leaves(prepare(combine(trained, state.frozen)))
+        return list(compress(arrays, moves)), list(compress(arrays, map(not_, moves)))
+
+    moved, pull, fixed = jax.vjp(apart, state.trained, has_aux=True)
+
+    def whole(moved: Any) -> Any:
+        ours, others = iter(moved), iter(fixed)
+        return jax.tree.unflatten(structure, [next(ours if own else others) for own in moves])
+
+    return moved, whole, lambda gradient: pull(gradient)[0]
+
+
+def _moving(params: Any, trained: frozenset[str]) -> Iterator[bool]:
+    """Of each array, whether it can depend on one that is trained: its leaf has some."""
+    for path, leaf in tree.leaves_with_paths(params):
+        for array in jax.tree.leaves(leaf):
+            yield path in trained and jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _updated(

@@ -4,8 +4,9 @@
     FakeTensor            weight, learnt scales, low-rank correction
     QTensor, DenseTensor  low-rank correction (adapters beside a frozen weight)
 
-Codes, fixed scales and input steps never are. Paths of arrays name their fields, too:
-"layers/3/mlp/up_proj/weight/scales/amax"; patterns are globs on them, as in `tree`.
+Codes, fixed scales, input steps and what quantizes cached keys and values never are. Paths of
+arrays name their fields, too: "layers/3/mlp/up_proj/weight/scales/amax"; patterns are globs on
+them, as in `tree`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
+from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.qtensor import DenseTensor, QTensor
 
 # Fields with something to train, of each kind of leaf, below the leaf's own path.
@@ -49,7 +51,9 @@ def partition(
     able = [
         path
         for path, array in named
-        if tree.matches(path, fields) and jnp.issubdtype(array.dtype, jnp.floating)
+        if tree.matches(path, fields)
+        and jnp.issubdtype(array.dtype, jnp.floating)
+        and not in_kv_cache(path)
     ]
     for pattern in (*train, *freeze):
         if not any(tree.matches(path, pattern) for path in able):

@@ -1,6 +1,7 @@
 """Training on a mesh: the same numbers, all of it split, and weights move, not activations."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.sharding_rules import BATCH, TRAINING_RULES
-from jaxopt_models.train.leaves import fake_quantized
+from jaxopt_models.train.leaves import computed, fake_quantized
 from jaxopt_models.train.objectives import QAT, next_token_loss
 from jaxopt_models.train.step import make_train_step, start
 
@@ -44,7 +45,9 @@ def _sharded(config, params, optimizer, mesh, **options):
     state = start(shard(params, mesh, TRAINING_RULES), optimizer)
     places = jax.tree.map(lambda array: array.sharding, state)
     loss = next_token_loss(config, sharding=rows, **options)
-    return make_train_step(loss, optimizer, max_norm=1.0, shardings=places), state, rows
+    prepare = partial(computed, dtype=jnp.float32)
+    step = make_train_step(loss, optimizer, max_norm=1.0, prepare=prepare, shardings=places)
+    return step, state, rows
 
 
 def _model(config):

@@ -1,6 +1,7 @@
 """A step of training: what it averages, guards and leaves alone."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -15,7 +16,7 @@ from jaxopt_models.distill.losses import top_k
 from jaxopt_models.distill.objective import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.qtensor import LowRank
-from jaxopt_models.train.leaves import fake_quantized, fold
+from jaxopt_models.train.leaves import computed, fake_quantized, fold
 from jaxopt_models.train.objectives import QAD, QAT, Term, next_token_loss
 from jaxopt_models.train.step import make_train_step, start
 from jaxopt_models.train.trainable import combine, partition
@@ -75,6 +76,39 @@ def test_documents_in_one_row_are_learnt_as_if_alone(tiny_config, tiny_params, f
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(one.trained), jax.tree.leaves(other.trained), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("scales", ["dynamic", "learned"])
+def test_what_parts_share_is_prepared_once(
+    tiny_config, tiny_params, tiny_quantized, tokens, scales
+):
+    """The same step bit for bit, but that weights are rounded before the loop over parts."""
+    config = replace(tiny_config, dtype="bfloat16")
+    fakes = fake_quantized(tiny_params, _with_low_rank(tiny_quantized), scales, "clip")
+    freeze = ("layers/1/mlp/up_proj/weight/weight", "norm/weight")
+    loss, batch = next_token_loss(config, QAT), {"tokens": tokens.reshape(4, 2, 16)}
+    found, inside = [], []
+    for prepare in (None, partial(computed, dtype=config.dtype)):
+        step = make_train_step(loss, SGD, parts=4, prepare=prepare)
+        state = start(fakes, SGD, freeze=freeze)
+        inside.append(str(_loop(step.trace(state, None, batch).jaxpr)).count("round"))
+        found.append(step(state, None, batch))
+    (expected, known), (state, metrics) = found
+    assert _equal(state, expected) and metrics == known
+    assert inside[0] > 0 and (inside[1] == 0 or scales == "learned")
+
+
+def _loop(jaxpr):
+    """Over the parts."""
+    return next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan").params["jaxpr"]
+
+
+def _with_low_rank(params):
+    """With a correction beside one matrix, to be trained."""
+    path = "layers/1/mlp/up_proj/weight"
+    leaf = params["layers"][1]["mlp"]["up_proj"]["weight"]
+    low_rank = LowRank(jnp.full((2, 32), 0.01), jnp.full((64, 2), 0.01))
+    return tree.replace(params, {path: replace(leaf, low_rank=low_rank)})
 
 
 @pytest.mark.parametrize("remat", ["products", "layers"])
