@@ -10,88 +10,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxopt_models.distill import losses
+from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import TopK
+from jaxopt_models.distill.predictor import Predictor, learnt_positions
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
 
 _ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
-
-Kind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
-
-
-@dataclass(frozen=True)
-class LogitLoss:
-    """One loss of next-token predictions.
-
-    Attributes:
-      kind: see `losses`.
-      temperature: of both, for divergences.
-      beta: share of the teacher in Jensen-Shannon's mixture.
-      top_k: for the forward divergence: how many of the teacher's tokens are told apart; None is
-        all.
-    """
-
-    kind: Kind
-    temperature: float = 1.0
-    beta: float = 0.5
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UserError(f"loss {self.kind!r} is unknown; choose {', '.join(get_args(Kind))}")
-        if self.top_k is not None and self.kind != "forward_kl":
-            raise UserError(f"top_k goes with forward_kl; {self.kind} needs all of the teacher")
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kind != "cross_entropy"
-
-    def at(
-        self, student: jax.Array, teacher: jax.Array | TopK | None, targets: jax.Array
-    ) -> jax.Array:
-        """The loss at each position, float32 [...], of logits [..., V] and targets [...]."""
-        if self.kind == "cross_entropy":
-            return losses.cross_entropy(student, targets)
-        if teacher is None:
-            raise UserError(f"{self.kind} needs a teacher")
-        if isinstance(teacher, TopK):
-            if self.kind != "forward_kl":
-                raise UserError(
-                    f"{self.kind} needs all of the teacher's logits, and only its most likely "
-                    "tokens are known; choose forward_kl"
-                )
-            return losses.top_k_kl(student, teacher, self.temperature)
-        if self.top_k is not None:
-            known = losses.top_k(teacher, self.top_k, self.temperature)
-            return losses.top_k_kl(student, known, self.temperature)
-        if self.kind == "jensen_shannon":
-            return losses.jensen_shannon(student, teacher, self.beta, self.temperature)
-        return getattr(losses, self.kind)(student, teacher, self.temperature)
-
-
-@struct.dataclass
-class Predictor:
-    """What predicts next tokens: final hidden states, and the head that reads them.
-
-    Attributes:
-      head: parameters that `transformer.logits` reads, see `transformer.output_head`.
-      hidden: [B, T, D], after the final norm.
-      config: static.
-    """
-
-    head: Any
-    hidden: jax.Array
-    config: ModelConfig = struct.field(pytree_node=False)
 
 
 def summed_losses(
@@ -136,8 +69,7 @@ def summed_losses(
     batch, length = tokens.shape
     if piece is None:
         piece = max(1, _ENTRIES // (batch * student.config.vocab_size))
-    targets, learnt = (jnp.roll(x, -1, axis=1) for x in (tokens, mask.astype(jnp.float32)))
-    known = _Known(weights, teacher, targets, learnt.at[:, -1].set(0.0))
+    known = _Known(weights, teacher, jnp.roll(tokens, -1, axis=1), learnt_positions(mask))
     plan = _Plan(tuple(terms), student.config, min(piece, length))
     return _summed(plan, student.head, student.hidden, known)
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.distill.hidden import PROJECTION, HiddenLoss, with_projection, without_projection
 from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
@@ -79,12 +80,13 @@ def train(
     _check_directory(out, described, resume)
     teacher = load(settings.model)
     rows = _rows(teacher, settings)  # first, since quantizing takes long
-    student = _student(technique, settings, teacher, progress)
+    student, terms = _student(technique, settings, teacher, progress), settings.terms(technique)
+    if any(isinstance(term.loss, HiddenLoss) for term in terms):
+        student = _projected(student, teacher, settings.seed)
     mesh = make_mesh({"data": 1, "model": 1} | settings.mesh) if settings.mesh else None
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh))
         student = replace(student, params=shard(student.params, mesh))
-    terms = settings.terms(technique)
     needed = any(term.loss.needs_teacher for term in terms)
     step, state = _begun(settings, terms, teacher, student)
     out.mkdir(parents=True, exist_ok=True)
@@ -127,7 +129,9 @@ def _begun(
     optimizer = settings.optimizer.transformation(settings.steps)
     loss = next_token_loss(config, terms, taught, settings.remat)
     step = make_train_step(loss, optimizer, parts=settings.parts, max_norm=settings.max_norm)
-    return step, start(student.params, optimizer, settings.train, settings.freeze)
+    # A projection learns whatever part of the model does.
+    train = settings.train + ((f"{PROJECTION}/*",) if PROJECTION in student.params else ())
+    return step, start(student.params, optimizer, train, settings.freeze)
 
 
 def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
@@ -172,6 +176,11 @@ def _student(
     return replace(teacher, params=_wide(fakes))
 
 
+def _projected(student: Model, teacher: Model, seed: int) -> Model:
+    configs = student.config, teacher.config
+    return replace(student, params=with_projection(student.params, *configs, jax.random.key(seed)))
+
+
 def _wide(params: Any) -> Any:
     """With all that can be trained in float32; scales stay as they are stored."""
     trained, frozen = partition(params)
@@ -186,7 +195,7 @@ def _finished(params: Any, like: Any) -> Any:
         plain = isinstance(leaf, jax.Array) and leaf.dtype == jnp.float32
         return leaf.astype(dtype) if plain else leaf
 
-    return tree.map_with_path(lambda _, leaf: narrow(leaf), fold(params))
+    return tree.map_with_path(lambda _, leaf: narrow(leaf), fold(without_projection(params)))
 
 
 def _compute(teacher: Model, settings: RunSettings) -> Any:

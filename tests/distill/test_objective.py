@@ -13,7 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxopt_models.distill import losses
-from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
+from jaxopt_models.distill.logit_loss import LogitLoss
+from jaxopt_models.distill.objective import summed_losses
+from jaxopt_models.distill.predictor import Predictor
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
