@@ -1,7 +1,7 @@
 """Which loss of next-token predictions, and its options."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -41,12 +41,36 @@ class LogitLoss:
     def needs_teacher(self) -> bool:
         return self.kind != "cross_entropy"
 
+    @property
+    def sums_over_tokens(self) -> bool:
+        """Whether it is a sum of the parts of tokens, given `losses.log_total` of all."""
+        return self.top_k is None
+
+    def log_totals(
+        self, student: jax.Array, teacher: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What `at` needs to know of all tokens; of some, their part of it, see `losses`."""
+        if not self.needs_teacher:
+            return losses.log_total(student), None
+        if teacher is None:
+            raise UserError(f"{self.kind} needs a teacher")
+        own, its = (losses.log_total(logits, self.temperature) for logits in (student, teacher))
+        return own, its
+
     def at(
-        self, student: jax.Array, teacher: jax.Array | TopK | None, targets: jax.Array
+        self,
+        student: jax.Array,
+        teacher: jax.Array | TopK | None,
+        targets: jax.Array,
+        totals: Any = None,
     ) -> jax.Array:
-        """The loss at each position, float32 [...], of logits [..., V] and targets [...]."""
+        """The loss at each position, float32 [...], of logits [..., V] and targets [...].
+
+        With `log_totals` of all tokens, logits may be of some, and targets count from the first of
+        these.
+        """
         if self.kind == "cross_entropy":
-            return losses.cross_entropy(student, targets)
+            return losses.cross_entropy(student, targets, totals and totals[0])
         if teacher is None:
             raise UserError(f"{self.kind} needs a teacher")
         if isinstance(teacher, TopK):
@@ -60,5 +84,5 @@ class LogitLoss:
             known = losses.top_k(teacher, self.top_k, self.temperature)
             return losses.top_k_kl(student, known, self.temperature)
         if self.kind == "jensen_shannon":
-            return losses.jensen_shannon(student, teacher, self.beta, self.temperature)
-        return getattr(losses, self.kind)(student, teacher, self.temperature)
+            return losses.jensen_shannon(student, teacher, self.beta, self.temperature, totals)
+        return getattr(losses, self.kind)(student, teacher, self.temperature, totals)

@@ -3,12 +3,14 @@
 Logits [B, T, V] are the largest array of training by far: 32 sequences of 2048 tokens have 31 GiB
 of them with a vocabulary of 128k, for the student, for the teacher, and for each one's gradient.
 Here they exist for a few positions of each row only. Of a piece, its gradients are made at once
-along with its loss, so that nothing is computed twice.
+along with its loss, so that nothing is computed twice. Where there are so many rows that even one
+position of each is too much, a piece's logits are made in chunks of the vocabulary, see
+`vocabulary`.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +22,11 @@ from jax.custom_derivatives import SymbolicZero
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distill.predictor import Predictor, learnt_positions
+from jaxopt_models.distill.vocabulary import losses_by_chunks, why_whole
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import logits
 
-_ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
+_ENTRIES = 2**28  # logits that exist at a time, on all devices together: 1 GiB in float32
 
 
 def summed_losses(
@@ -35,6 +37,7 @@ def summed_losses(
     tokens: jax.Array,
     mask: jax.Array,
     piece: int | None = None,
+    chunks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Losses of predicting each token from those before it.
 
@@ -52,12 +55,15 @@ def summed_losses(
       tokens: int32 [B, T].
       mask: [B, T], 1 where a token is to be learnt; the first of a row never is.
       piece: positions of each row whose logits exist at a time; None chooses.
+      chunks: of the vocabulary, one of which exists at a time; None chooses one, unless rows are so
+        many that it takes several, and these losses and heads can be cut.
 
     Returns:
       (total, [len(terms)] each loss's own sum, without weight and without gradient), float32.
 
     Raises:
-      UserError: for a term that needs another teacher, or a teacher with another vocabulary.
+      UserError: for a term that needs another teacher, a teacher with another vocabulary, or chunks
+        of what cannot be cut: a top k, a head that is quantized or in training to be.
     """
     if not terms or weights.shape != (len(terms),):
         raise UserError(f"{len(terms)} losses need as many weights, not {list(weights.shape)}")
@@ -67,11 +73,26 @@ def summed_losses(
             f"{student.config.vocab_size}; choose models that share a tokenizer"
         )
     batch, length = tokens.shape
+    position = batch * student.config.vocab_size
+    chunks = _chunks(
+        chunks, position, student.config.vocab_size, why_whole(terms, student, teacher)
+    )
     if piece is None:
-        piece = max(1, _ENTRIES // (batch * student.config.vocab_size))
+        piece = max(1, chunks * _ENTRIES // position)
     known = _Known(weights, teacher, jnp.roll(tokens, -1, axis=1), learnt_positions(mask))
-    plan = _Plan(tuple(terms), student.config, min(piece, length))
+    plan = _Plan(tuple(terms), student.config, min(piece, length), chunks)
     return _summed(plan, student.head, student.hidden, known)
+
+
+def _chunks(asked: int | None, position: int, most: int, reason: str | None) -> int:
+    """Of the vocabulary, where a position of all rows has so many logits; 1 to `most`."""
+    if asked is None:
+        return 1 if reason else min(math.ceil(position / _ENTRIES), most)
+    if asked < 1:
+        raise UserError(f"the vocabulary cannot be cut into {asked} chunks; choose 1 or more")
+    if asked > 1 and reason:
+        raise UserError(f"the vocabulary cannot be cut into chunks, since {reason}; choose 1")
+    return min(asked, most)
 
 
 class _Known(NamedTuple):
@@ -88,6 +109,7 @@ class _Plan:
     terms: tuple[LogitLoss, ...]
     config: ModelConfig
     piece: int
+    chunks: int
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -155,11 +177,16 @@ def _piece_sums(
     teacher: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(total, each loss's sum) of a piece [B, piece]."""
-    student = logits(plan.config, head, states)
+    student = Predictor(head, states, plan.config)
     if isinstance(known.teacher, Predictor):
-        teacher = lax.stop_gradient(logits(known.teacher.config, known.teacher.head, teacher))
-    sums = [jnp.sum(learnt * term.at(student, teacher, targets)) for term in plan.terms]
-    sums = jnp.stack(sums)
+        teacher = lax.stop_gradient(replace(known.teacher, hidden=teacher))
+    if plan.chunks > 1:
+        each = losses_by_chunks(plan.terms, student, teacher, targets, plan.chunks)
+    else:
+        theirs = teacher.logits() if isinstance(teacher, Predictor) else teacher
+        ours = student.logits()
+        each = jnp.stack([term.at(ours, theirs, targets) for term in plan.terms])
+    sums = jnp.sum(learnt[None] * each, axis=(1, 2))
     return jnp.sum(known.weights * sums), sums
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import logits
 
 
 @struct.dataclass
@@ -22,6 +23,10 @@ class Predictor:
     head: Any
     hidden: jax.Array
     config: ModelConfig = struct.field(pytree_node=False)
+
+    def logits(self) -> jax.Array:
+        """float32 [B, T, V]."""
+        return logits(self.config, self.head, self.hidden)
 
 
 def learnt_positions(mask: jax.Array) -> jax.Array:
