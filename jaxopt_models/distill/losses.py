@@ -7,6 +7,9 @@ Logits are [..., V] in any float dtype; a loss is float32 [...], in nats. With a
 and divergences are multiplied by T², since their gradients shrink like 1 / T² (Hinton et al. 2015,
 arXiv:1503.02531). A token that one of them gives no probability (a logit of -inf) costs nothing
 where its factor is 0.
+
+All but those of a top k are sums over tokens. Of some tokens only, a loss is their part of the sum
+if it is given the `log_total` of all, float32 [...]: log Σ e^(logits / T), see `log_total`.
 """
 
 import jax
@@ -17,28 +20,52 @@ from jaxopt_models.errors import UserError
 
 _LEAST = -1e30  # a logarithm that stands for that of 0
 
-
-def cross_entropy(student: jax.Array, targets: jax.Array) -> jax.Array:
-    """`-log softmax(student)[target]`, of targets int32 [...]."""
-    return -_at(_log_softmax(student, 1.0), targets)
+type Totals = tuple[jax.Array, jax.Array]  # of the first and of the second argument's logits
 
 
-def forward_kl(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+def log_total(logits: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """`log Σ e^(logits / T)`, float32 [...]; that of all tokens is `logaddexp` of its parts'."""
+    return jax.nn.logsumexp(_over(logits, temperature), axis=-1)
+
+
+def cross_entropy(
+    student: jax.Array, targets: jax.Array, total: jax.Array | None = None
+) -> jax.Array:
+    """`-log softmax(student)[target]`, of targets int32 [...]; 0 where V lacks the target."""
+    return -_at(_log_softmax(student, 1.0, total), targets)
+
+
+def forward_kl(
+    student: jax.Array,
+    teacher: jax.Array,
+    temperature: float = 1.0,
+    totals: Totals | None = None,
+) -> jax.Array:
     """`T² KL(p || q) = T² Σ p (log p - log q)`: the student has to cover what the teacher says."""
-    log_p, log_q = (_log_softmax(logits, temperature) for logits in (teacher, student))
+    log_q, log_p = _log_softmaxes(student, teacher, temperature, totals)
     return temperature**2 * _expected(log_p, log_p, log_q)
 
 
-def reverse_kl(student: jax.Array, teacher: jax.Array, temperature: float = 1.0) -> jax.Array:
+def reverse_kl(
+    student: jax.Array,
+    teacher: jax.Array,
+    temperature: float = 1.0,
+    totals: Totals | None = None,
+) -> jax.Array:
     """`T² KL(q || p)`: the student may leave out, but not add.
 
     Reference: Gu et al. 2023, arXiv:2306.08543.
     """
-    return forward_kl(teacher, student, temperature)
+    swapped = None if totals is None else (totals[1], totals[0])
+    return forward_kl(teacher, student, temperature, swapped)
 
 
 def jensen_shannon(
-    student: jax.Array, teacher: jax.Array, beta: float = 0.5, temperature: float = 1.0
+    student: jax.Array,
+    teacher: jax.Array,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    totals: Totals | None = None,
 ) -> jax.Array:
     """`T² (β KL(p || m) + (1 - β) KL(q || m))` with `m = β p + (1 - β) q`, 0 < β < 1.
 
@@ -50,7 +77,7 @@ def jensen_shannon(
             f"beta is {beta}, and a mixture needs one between 0 and 1; for the limits take "
             "forward_kl or reverse_kl"
         )
-    log_p, log_q = (_log_softmax(logits, temperature) for logits in (teacher, student))
+    log_q, log_p = _log_softmaxes(student, teacher, temperature, totals)
     # Finite, or a token that both exclude would give gradients of infinity less infinity.
     some_p, some_q = (jnp.maximum(x, _LEAST) for x in (log_p, log_q))
     log_m = jnp.logaddexp(some_p + jnp.log(beta), some_q + jnp.log1p(-beta))
@@ -144,10 +171,24 @@ def mean_square(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return jnp.sum((a - b) ** 2, axis=-1) / jnp.where(scale > 0.0, scale, 1.0)
 
 
-def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+def _log_softmaxes(
+    student: jax.Array, teacher: jax.Array, temperature: float, totals: Totals | None
+) -> tuple[jax.Array, jax.Array]:
+    own, its = (None, None) if totals is None else totals
+    return _log_softmax(student, temperature, own), _log_softmax(teacher, temperature, its)
+
+
+def _log_softmax(
+    logits: jax.Array, temperature: float, total: jax.Array | None = None
+) -> jax.Array:
+    scaled = _over(logits, temperature)
+    return jax.nn.log_softmax(scaled, axis=-1) if total is None else scaled - total[..., None]
+
+
+def _over(logits: jax.Array, temperature: float) -> jax.Array:
     if not temperature > 0.0:
         raise UserError(f"the temperature is {temperature}; choose one above 0")
-    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature, axis=-1)
+    return logits.astype(jnp.float32) / temperature
 
 
 def _expected(log_weights: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:

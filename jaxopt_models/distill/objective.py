@@ -1,99 +1,28 @@
 """Losses summed over a batch, a piece of the logits at a time (`pieces`).
 
 That goes for the student's, for the teacher's, and for each one's gradient. Of a piece, its
-gradients are made at once along with its loss, so that nothing is computed twice.
+gradients are made at once along with its loss, so that nothing is computed twice. Where there are
+so many rows that even one position of each is too much, a piece's logits are made in chunks of the
+vocabulary, see `vocabulary`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxopt_models.distill import losses
+from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import TopK
-from jaxopt_models.distill.pieces import cut, joined, piece_length
+from jaxopt_models.distill.pieces import chunk_count, cut, joined, piece_length
+from jaxopt_models.distill.predictor import Predictor, learnt_positions
+from jaxopt_models.distill.vocabulary import losses_by_chunks, why_whole
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import logits
-
-Kind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
-
-
-@dataclass(frozen=True)
-class LogitLoss:
-    """One loss of next-token predictions.
-
-    Attributes:
-      kind: see `losses`.
-      temperature: of both, for divergences.
-      beta: share of the teacher in Jensen-Shannon's mixture.
-      top_k: for the forward divergence: how many of the teacher's tokens are told apart; None is
-        all that are known.
-    """
-
-    kind: Kind
-    temperature: float = 1.0
-    beta: float = 0.5
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise UserError(f"loss {self.kind!r} is unknown; choose {', '.join(get_args(Kind))}")
-        if self.top_k is not None and self.kind != "forward_kl":
-            raise UserError(f"top_k goes with forward_kl; {self.kind} needs all of the teacher")
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.kind != "cross_entropy"
-
-    def at(
-        self, student: jax.Array, teacher: jax.Array | TopK | None, targets: jax.Array
-    ) -> jax.Array:
-        """The loss at each position, float32 [...], of logits [..., V] and targets [...].
-
-        A `TopK` is at this temperature, in any dtypes.
-        """
-        if self.kind == "cross_entropy":
-            return losses.cross_entropy(student, targets)
-        if teacher is None:
-            raise UserError(f"{self.kind} needs a teacher")
-        if isinstance(teacher, TopK):
-            if self.kind != "forward_kl":
-                raise UserError(
-                    f"{self.kind} needs all of the teacher's logits, and only its most likely "
-                    "tokens are known; choose forward_kl"
-                )
-            known = losses.widened(teacher)
-            if self.top_k is not None:
-                known = losses.narrowed(known, self.top_k)
-            return losses.top_k_kl(student, known, self.temperature)
-        if self.top_k is not None:
-            known = losses.top_k(teacher, self.top_k, self.temperature)
-            return losses.top_k_kl(student, known, self.temperature)
-        if self.kind == "jensen_shannon":
-            return losses.jensen_shannon(student, teacher, self.beta, self.temperature)
-        return getattr(losses, self.kind)(student, teacher, self.temperature)
-
-
-@struct.dataclass
-class Predictor:
-    """What predicts next tokens: final hidden states, and the head that reads them.
-
-    Attributes:
-      head: parameters that `transformer.logits` reads, see `transformer.output_head`.
-      hidden: [B, T, D], after the final norm.
-      config: static.
-    """
-
-    head: Any
-    hidden: jax.Array
-    config: ModelConfig = struct.field(pytree_node=False)
 
 
 def summed_losses(
@@ -104,6 +33,7 @@ def summed_losses(
     tokens: jax.Array,
     mask: jax.Array,
     piece: int | None = None,
+    chunks: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Losses of predicting each token from those before it.
 
@@ -121,12 +51,15 @@ def summed_losses(
       tokens: int32 [B, T].
       mask: [B, T], 1 where a token is to be learnt; the first of a row never is.
       piece: positions of each row whose logits exist at a time; None chooses.
+      chunks: of the vocabulary, one of which exists at a time; None chooses one, unless rows are so
+        many that it takes several, and these losses and heads can be cut.
 
     Returns:
       (total, [len(terms)] each loss's own sum, without weight and without gradient), float32.
 
     Raises:
-      UserError: for a term that needs another teacher, or a teacher with another vocabulary.
+      UserError: for a term that needs another teacher, a teacher with another vocabulary, or chunks
+        of what cannot be cut: a top k, a head that is quantized or in training to be.
     """
     if not terms or weights.shape != (len(terms),):
         raise UserError(f"{len(terms)} losses need as many weights, not {list(weights.shape)}")
@@ -136,11 +69,23 @@ def summed_losses(
             f"{student.config.vocab_size}; choose models that share a tokenizer"
         )
     batch, length = tokens.shape
-    piece = piece or piece_length(batch, length, student.config.vocab_size)
-    targets, learnt = (jnp.roll(x, -1, axis=1) for x in (tokens, mask.astype(jnp.float32)))
-    known = _Known(weights, teacher, targets, learnt.at[:, -1].set(0.0))
-    plan = _Plan(tuple(terms), student.config, min(piece, length))
+    vocab_size = student.config.vocab_size
+    chunks = _chunks(chunks, batch, vocab_size, why_whole(terms, student, teacher))
+    piece = piece or piece_length(batch, length, vocab_size, chunks)
+    known = _Known(weights, teacher, jnp.roll(tokens, -1, axis=1), learnt_positions(mask))
+    plan = _Plan(tuple(terms), student.config, min(piece, length), chunks)
     return _summed(plan, student.head, student.hidden, known)
+
+
+def _chunks(asked: int | None, batch: int, vocab_size: int, reason: str | None) -> int:
+    """Of the vocabulary, of what may have a reason to stay whole."""
+    if asked is None:
+        return 1 if reason else chunk_count(batch, vocab_size)
+    if asked < 1:
+        raise UserError(f"the vocabulary cannot be cut into {asked} chunks; choose 1 or more")
+    if asked > 1 and reason:
+        raise UserError(f"the vocabulary cannot be cut into chunks, since {reason}; choose 1")
+    return min(asked, vocab_size)
 
 
 class _Known(NamedTuple):
@@ -157,6 +102,7 @@ class _Plan:
     terms: tuple[LogitLoss, ...]
     config: ModelConfig
     piece: int
+    chunks: int
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -223,11 +169,16 @@ def _piece_sums(
     teacher: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """(total, each loss's sum) of a piece [B, piece]."""
-    student = logits(plan.config, head, states)
+    student = Predictor(head, states, plan.config)
     if isinstance(known.teacher, Predictor):
-        teacher = lax.stop_gradient(logits(known.teacher.config, known.teacher.head, teacher))
-    sums = [jnp.sum(learnt * term.at(student, teacher, targets)) for term in plan.terms]
-    sums = jnp.stack(sums)
+        teacher = lax.stop_gradient(replace(known.teacher, hidden=teacher))
+    if plan.chunks > 1:
+        each = losses_by_chunks(plan.terms, student, teacher, targets, plan.chunks)
+    else:
+        theirs = teacher.logits() if isinstance(teacher, Predictor) else teacher
+        ours = student.logits()
+        each = jnp.stack([term.at(ours, theirs, targets) for term in plan.terms])
+    sums = jnp.sum(learnt[None] * each, axis=(1, 2))
     return jnp.sum(known.weights * sums), sums
 
 

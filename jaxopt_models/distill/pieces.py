@@ -17,12 +17,17 @@ from jaxopt_models.distill.losses import TopK
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
 
-_ENTRIES = 2**28  # logits of a piece, on all devices together: 1 GiB in float32
+_ENTRIES = 2**28  # logits that exist at a time, on all devices together: 1 GiB in float32
 
 
-def piece_length(batch: int, length: int, vocab_size: int) -> int:
-    """How many of a row's positions make a piece, of so many rows."""
-    return min(length, max(1, _ENTRIES // (batch * vocab_size)))
+def piece_length(batch: int, length: int, vocab_size: int, chunks: int = 1) -> int:
+    """How many of a row's positions make a piece, of so many rows and chunks of the vocabulary."""
+    return min(length, max(1, chunks * _ENTRIES // (batch * vocab_size)))
+
+
+def chunk_count(batch: int, vocab_size: int) -> int:
+    """Of the vocabulary: 1, unless one position of so many rows has too many logits."""
+    return min(math.ceil(batch * vocab_size / _ENTRIES), vocab_size)
 
 
 def cut(array: jax.Array, piece: int) -> jax.Array:

@@ -10,7 +10,7 @@ Parameters are nested dicts with Hugging Face's names; linear weights are [N, K]
                       or {router, experts: {gate_proj, up_proj, down_proj} stacked [E, N, K]}}
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -139,6 +139,23 @@ def hidden_states(
       sharding: of the residual stream between layers, and of its gradient. On several devices it
         decides what moves: with its rows split, weights come to them. None leaves it to XLA.
     """
+    return hidden_states_with_layers(config, params, tokens, (), starts, remat, sharding)[0]
+
+
+def hidden_states_with_layers(
+    config: ModelConfig,
+    params: Any,
+    tokens: jax.Array,
+    layers: Collection[int],
+    starts: jax.Array | None = None,
+    remat: Remat = "none",
+    sharding: Sharding | None = None,
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """`hidden_states`, and the residual stream [B, T, D] behind each of these layers by its number.
+
+    For gradients the stream is kept between layers whatever `remat` says, so a trained model's
+    layers take no more memory for being returned.
+    """
     x, positions = _placed(embed_tokens(config, params, tokens), sharding), positions_of(tokens)
     if starts is not None:
         positions = positions - starts
@@ -146,9 +163,12 @@ def hidden_states(
     def one(kind: AttentionKind, layer: Any, x: jax.Array) -> jax.Array:
         return block(config, layer, x, positions, kind=kind, starts=starts)[0]
 
-    for kind, layer in zip(config.attention_kinds, params["layers"], strict=True):
+    behind = {}
+    for i, (kind, layer) in enumerate(zip(config.attention_kinds, params["layers"], strict=True)):
         x = _placed(_rematerialized(partial(one, kind), remat)(layer, x), sharding)
-    return final_norm(config, params, x)
+        if i in layers:
+            behind[i] = x
+    return final_norm(config, params, x), behind
 
 
 def _placed(x: jax.Array, sharding: Sharding | None) -> jax.Array:

@@ -28,6 +28,8 @@ from jaxopt_models import data, tree
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
 from jaxopt_models.distill import teacher_cache
+from jaxopt_models.distill.hidden import PROJECTION, HiddenLoss, with_projection, without_projection
+from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distributed import agree
 from jaxopt_models.documents import pack_documents, read_documents
@@ -47,7 +49,7 @@ from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
 from jaxopt_models.train.leaves import computed, fake_quantized, fold
 from jaxopt_models.train.loop import Log, Pace, Step, fit
-from jaxopt_models.train.objectives import Term, next_token_loss
+from jaxopt_models.train.objectives import Term, logit_losses, next_token_loss
 from jaxopt_models.train.settings import Adapters, RunSettings, Technique
 from jaxopt_models.train.step import TrainState, make_train_step, start
 from jaxopt_models.train.trainable import combine, partition
@@ -101,6 +103,8 @@ def train(
     if settings.teacher_cache is not None:
         rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
     student = student_of(technique, settings, teacher, progress)
+    if any(isinstance(term.loss, HiddenLoss) for term in terms):
+        student = _projected(student, teacher, settings.seed)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
         student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
@@ -184,7 +188,9 @@ def make_step(
 def first_state(settings: RunSettings, student: Model) -> TrainState:
     """Before the first step."""
     optimizer = settings.optimizer.transformation(settings.steps)
-    return start(student.params, optimizer, settings.trained, settings.freeze)
+    # A projection learns whatever part of the model does.
+    train = settings.trained + ((f"{PROJECTION}/*",) if PROJECTION in student.params else ())
+    return start(student.params, optimizer, train, settings.freeze)
 
 
 def _least_seconds(
@@ -271,6 +277,11 @@ def _quantized(settings: RunSettings, teacher: Model, progress: Progress) -> Any
     return fake_quantized(masters, quantized, settings.scales, settings.gradient)
 
 
+def _projected(student: Model, teacher: Model, seed: int) -> Model:
+    configs = student.config, teacher.config
+    return replace(student, params=with_projection(student.params, *configs, jax.random.key(seed)))
+
+
 def _wide(params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()) -> Any:
     """With all that is trained in float32; scales stay as they are stored."""
     trained, frozen = partition(params, train, freeze)
@@ -281,6 +292,7 @@ def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
     """As they are saved and measured: quantized, adapters merged if they are to be, plain arrays
     and low-rank parts in the dtype the model came with."""
     dtype = like["embed_tokens"]["weight"].dtype
+    params = without_projection(params)
     merge = settings.adapters is not None and settings.adapters.merge
     floats, others = partition(merged(params) if merge else fold(params))
     return combine(
@@ -290,8 +302,12 @@ def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
 
 def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
     """What the step reads besides the batch: the teacher's parameters as they compute; None if no
-    loss needs them, or what the teacher says comes with the batch."""
-    if settings.teacher_cache is not None or not any(term.loss.needs_teacher for term in terms):
+    loss needs them, as if what the teacher says comes with the batch."""
+    cached = settings.teacher_cache is not None
+    if not any(
+        term.loss.needs_teacher and not (cached and isinstance(term.loss, LogitLoss))
+        for term in terms
+    ):
         return None
     return _computing(teacher, settings)
 
@@ -328,7 +344,7 @@ def _cached(
     """What the teacher says of all rows, from the cache, which is made if it is not there."""
     chosen = settings.teacher_cache
     assert chosen is not None
-    temperature = chosen.temperature([term.loss for term in terms])
+    temperature = chosen.temperature(logit_losses(terms))
     made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
     if not Path(chosen.directory).expanduser().exists():
         config, params = (

@@ -21,13 +21,25 @@ Everything but the model, and the recipe or the student, has a default.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
+import jax
+import jax.numpy as jnp
 import optax
 import yaml
-from pydantic import Field, StrictBool, StrictInt, ValidationError
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from jaxopt_models.distill.objective import Kind, LogitLoss
+from jaxopt_models.distill.hidden import HiddenKind, HiddenLoss
+from jaxopt_models.distill.logit_loss import LogitKind, LogitLoss
 from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import Remat
@@ -36,7 +48,7 @@ from jaxopt_models.settings import Globs, Strict, explain, first_line, with_over
 from jaxopt_models.sharding_rules import BATCH
 from jaxopt_models.train.adapters import LINEARS, adapter_arrays
 from jaxopt_models.train.leaves import ScaleMode
-from jaxopt_models.train.objectives import QAD, QAT, Term
+from jaxopt_models.train.objectives import QAD, QAT, Schedule, Term, logit_losses
 
 Technique = Literal["qat", "qad", "distill"]
 
@@ -78,19 +90,82 @@ class Optimizer(Strict):
         return make(rate, b1=self.b1, b2=self.b2, weight_decay=self.weight_decay)
 
 
-class LossChoice(Strict):
-    """See `distill.losses`."""
+class WeightSchedule(Strict):
+    """A weight that goes `from` one value `to` another and stays there: in so many steps, or in a
+    share of the run's, by default all.
+    """
 
-    kind: Kind
-    weight: float = Field(default=1.0, ge=0)
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: float = Field(alias="from", ge=0)
+    to: float = Field(ge=0)
+    steps: StrictInt | None = Field(default=None, ge=1)
+    share: float | None = Field(default=None, gt=0, le=1)
+    kind: Literal["linear", "cosine"] = "linear"
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "WeightSchedule":
+        if self.steps is not None and self.share is not None:
+            raise ValueError("give 'steps' or a 'share' of them, not both")
+        return self
+
+    def over(self, steps: int) -> Schedule:
+        """Step -> weight, of a run of so many steps."""
+        length = self.steps or max(1, round((self.share or 1.0) * steps))
+
+        def weight(step: Any) -> jax.Array:
+            done = jnp.minimum(step / length, 1.0)
+            gone = done if self.kind == "linear" else 0.5 - 0.5 * jnp.cos(jnp.pi * done)
+            return self.start + (self.to - self.start) * gone
+
+        return weight
+
+
+def _weight_form(value: Any) -> str:
+    return "schedule" if isinstance(value, dict | WeightSchedule) else "number"
+
+
+type Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[WeightSchedule, Tag("schedule")],
+    Discriminator(_weight_form),
+]
+
+
+class LossChoice(Strict):
+    """See `distill.losses`, and `distill.hidden` for losses of hidden states.
+
+        {kind: forward_kl, temperature: 2.0, weight: {from: 1.0, to: 0.5, kind: cosine}}
+        {kind: hidden_cosine, layers: {3: 6, 7: 14}, weight: {from: 1.0, to: 0.0, steps: 200}}
+
+    Attributes:
+      weight: a number, or a `WeightSchedule`.
+      layers: for hidden states: the student's, and which of the teacher's each is to be like; None
+        spreads all evenly.
+    """
+
+    kind: LogitKind | HiddenKind
+    weight: Weight = 1.0
     temperature: float = Field(default=1.0, gt=0)
     beta: float = Field(default=0.5, gt=0, lt=1)
     top_k: StrictInt | None = Field(default=None, ge=1)
+    layers: dict[int, StrictInt] | None = None
 
-    @property
-    def term(self) -> Term:
-        loss = LogitLoss(self.kind, self.temperature, self.beta, self.top_k)
-        return Term(loss, self.weight)
+    @model_validator(mode="after")
+    def _options_of_its_kind(self) -> "LossChoice":
+        hidden = self.kind in get_args(HiddenKind)
+        for name in ("temperature", "beta", "top_k") if hidden else ("layers",):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} does not go with {self.kind}; remove it")
+        return self
+
+    def term(self, steps: int) -> Term:
+        """In a run of so many steps."""
+        weight = self.weight
+        weight = weight.over(steps) if isinstance(weight, WeightSchedule) else weight
+        if self.kind == "hidden_cosine" or self.kind == "hidden_mean_square":
+            layers = None if self.layers is None else tuple(self.layers.items())
+            return Term(HiddenLoss(self.kind, layers), weight)
+        return Term(LogitLoss(self.kind, self.temperature, self.beta, self.top_k), weight)
 
 
 class TeacherCache(Strict):
@@ -241,7 +316,7 @@ class RunSettings(Strict):
     def terms(self, technique: Technique) -> tuple[Term, ...]:
         """The losses, or the technique's own."""
         if self.losses:
-            return tuple(choice.term for choice in self.losses)
+            return tuple(choice.term(self.steps) for choice in self.losses)
         if technique != "qat" and self.teacher_cache is not None:
             return (Term(LogitLoss("forward_kl", top_k=self.teacher_cache.top_k)),)
         return QAT if technique == "qat" else QAD
@@ -276,7 +351,7 @@ class RunSettings(Strict):
                     "ones; leave out one of them"
                 )
         if self.teacher_cache is not None:
-            self.teacher_cache.temperature([term.loss for term in self.terms(technique)])
+            self.teacher_cache.temperature(logit_losses(self.terms(technique)))
         if self.learn == "assistant" and self.packing != "documents":
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:

@@ -1,5 +1,6 @@
 """Losses of a batch, a piece at a time: the sums and gradients of the whole."""
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,8 +13,10 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxopt_models.distill import losses
-from jaxopt_models.distill.objective import LogitLoss, Predictor, summed_losses
+from jaxopt_models.distill import losses, pieces
+from jaxopt_models.distill.logit_loss import LogitLoss
+from jaxopt_models.distill.objective import summed_losses
+from jaxopt_models.distill.predictor import Predictor
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
@@ -90,6 +93,110 @@ def test_pieces_give_the_sums_and_gradients_of_the_whole(batch, piece, cap):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("chunks", "cap"), [(4, None), (7, 5.0), (V, None)])
+def test_chunks_of_the_vocabulary_give_the_same(batch, chunks, cap):
+    """Each kind alone; 60 tokens are cut evenly, unevenly, and into single ones."""
+    config = replace(CONFIG, final_softcap=cap)
+    student, teacher = _predictor(0, config), _predictor(5, config)
+    teacher = replace(teacher, head={"lm_head": teacher.head["embed_tokens"]})
+    terms = (*TERMS[:4], LogitLoss("jensen_shannon", temperature=3.0))
+
+    def total(head, hidden, weights, **options):
+        own = replace(student, head=head, hidden=hidden)
+        return summed_losses(terms, weights, own, teacher, *batch, **options)
+
+    cut, whole = (
+        jax.jit(jax.value_and_grad(partial(total, piece=3, chunks=n), (0, 1), has_aux=True))
+        for n in (chunks, 1)
+    )
+    for weights in jnp.eye(len(terms)):
+        (_, sums), found = cut(student.head, student.hidden, weights)
+        (_, plain), expected = whole(student.head, student.hidden, weights)
+        np.testing.assert_allclose(sums, plain, rtol=1e-5)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.max(jnp.abs(b))))
+
+
+def test_chunks_need_no_teacher(batch):
+    student = _predictor(0)
+
+    def total(hidden, chunks):
+        own = replace(student, hidden=hidden)
+        return summed_losses(TERMS[1:2], jnp.ones(1), own, None, *batch, chunks=chunks)[0]
+
+    found, expected = (jax.value_and_grad(total)(student.hidden, n) for n in (V + 1, 1))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_chunks_of_narrow_models_round_no_more_near_the_teacher(batch, kind):
+    """Where both are sure and differ little: what each logit adds and takes nearly cancels."""
+    student = _predictor(0)
+    near = student.head["embed_tokens"]["weight"] + 0.02 * _random(7, V, D)
+    teacher = replace(student, head={"embed_tokens": {"weight": near}})
+    student, teacher = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (student, teacher))
+
+    def total(head, hidden, chunks):
+        own, terms = replace(student, head=head, hidden=hidden), (LogitLoss(kind),)
+        return summed_losses(terms, jnp.ones(1), own, teacher, *batch, chunks=chunks)[0]
+
+    cut, whole = (
+        jax.jit(jax.grad(partial(total, chunks=n), (0, 1)))(student.head, student.hidden)
+        for n in (7, 1)
+    )
+    for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        assert jnp.linalg.norm(a - b) < 2**-6 * jnp.linalg.norm(b)
+
+
+def test_chunks_take_less_memory():
+    tokens = jnp.zeros((256, 2), jnp.int32)
+    heads = [{"embed_tokens": {"weight": _random(i, 4096, D)}} for i in (0, 1)]
+    config = replace(CONFIG, vocab_size=4096)
+    student, teacher = (Predictor(head, _random(2, 256, 2, D), config) for head in heads)
+
+    def taken(chunks):
+        def total(head, hidden):
+            own = replace(student, head=head, hidden=hidden)
+            options = {"piece": 1, "chunks": chunks}
+            return summed_losses(TERMS[:4], WEIGHTS[:4], own, teacher, tokens, tokens, **options)[0]
+
+        program = jax.jit(jax.grad(total, (0, 1))).lower(student.head, student.hidden).compile()
+        memory = program.memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    assert taken(16) < taken(1) / 4
+
+
+def test_a_position_of_too_many_rows_is_cut(batch, monkeypatch):
+    """Unless its losses cannot be: a top k is all tokens or none."""
+    monkeypatch.setattr(pieces, "_ENTRIES", B * V // 4)
+    student, teacher = _predictor(0), _predictor(5)
+
+    def shapes(terms, **options):
+        def total(hidden):
+            own = replace(student, hidden=hidden)
+            weights = jnp.ones(len(terms))
+            return summed_losses(terms, weights, own, teacher, *batch, **options)[0]
+
+        return _shapes(jax.make_jaxpr(jax.grad(total))(student.hidden).jaxpr)
+
+    whole, chunk = (B, 1, V), (B, 1, V // 4)
+    assert chunk in (found := shapes(TERMS[:4])) and whole not in found
+    assert whole in shapes(TERMS)
+    with pytest.raises(UserError, match="the vocabulary cannot be cut into chunks, since a top k"):
+        shapes(TERMS, chunks=2)
+    codes = quantize_array(teacher.head["embed_tokens"]["weight"], "fp8")
+    teacher = replace(teacher, head={"embed_tokens": {"weight": codes}})
+    assert whole in shapes(TERMS[:4])
+    with pytest.raises(UserError, match="since an output head is no plain array"):
+        shapes(TERMS[:4], chunks=2)
+    with pytest.raises(UserError, match="into 0 chunks; choose 1 or more"):
+        shapes(TERMS[:4], chunks=0)
+
+
 def test_narrow_hidden_states_have_narrow_gradients(batch):
     student, teacher = _predictor(0), _predictor(5)
     hidden = student.hidden.astype(jnp.bfloat16)
@@ -161,10 +268,11 @@ def test_a_quantized_head_lets_gradients_through(batch):
     np.testing.assert_allclose(jax.grad(of_scale)(scale), slope, rtol=2e-2)
 
 
-def _largest(jaxpr: Any) -> int:
+def _shapes(jaxpr: Any) -> set[tuple[int, ...]]:
+    """Of everything that is computed."""
     inner = (e for eqn in jaxpr.eqns for e in jaxprs_in_params(eqn.params))
-    own = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
-    return max([*own, *(_largest(one) for one in inner)])
+    own = {v.aval.shape for eqn in jaxpr.eqns for v in eqn.outvars}
+    return own.union(*(_shapes(one) for one in inner))
 
 
 def test_all_logits_never_exist(batch):
@@ -175,7 +283,7 @@ def test_all_logits_never_exist(batch):
         return summed_losses(TERMS, WEIGHTS, own, teacher, *batch, piece=2)[0]
 
     jaxpr = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(student.head, student.hidden)
-    assert _largest(jaxpr.jaxpr) < B * T * V / 2
+    assert max(map(math.prod, _shapes(jaxpr.jaxpr))) < B * T * V / 2
 
 
 def test_a_head_that_is_not_trained_costs_no_gradient(batch):
@@ -192,12 +300,14 @@ def test_a_head_that_is_not_trained_costs_no_gradient(batch):
     assert products(1) == products((0, 1)) - 1
 
 
-def test_sharded_batches_give_the_same(batch):
+@pytest.mark.parametrize(("count", "chunks"), [(5, 1), (4, 5)])
+def test_sharded_batches_give_the_same(batch, count, chunks):
     student, teacher = _predictor(0), _predictor(5)
     mesh = make_mesh({"data": 4, "model": 2})
 
     def total(student, teacher, tokens, mask):
-        return summed_losses(TERMS, WEIGHTS, student, teacher, tokens, mask, piece=4)[0]
+        arguments = TERMS[:count], WEIGHTS[:count], student, teacher, tokens, mask
+        return summed_losses(*arguments, piece=4, chunks=chunks)[0]
 
     def put(tree: Any) -> Any:
         def place(array: jax.Array) -> jax.Array:

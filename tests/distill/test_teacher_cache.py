@@ -17,7 +17,7 @@ from teachers import CONFIG, MOMENTS, K, N, T, V, made_of, model, rows, write
 import jaxopt_models as jom
 from jaxopt_models.data import PackedBatches
 from jaxopt_models.distill import losses, teacher_cache
-from jaxopt_models.distill.objective import LogitLoss
+from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import hidden_states, logits
 from jaxopt_models.sharding import make_mesh, shard

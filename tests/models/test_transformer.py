@@ -22,6 +22,7 @@ from jaxopt_models.models.transformer import (
     forward,
     forward_with_taps,
     hidden_states,
+    hidden_states_with_layers,
     init,
     prefill,
 )
@@ -100,6 +101,20 @@ def test_documents_of_a_row_see_themselves_only(golden, monkeypatch, name, least
             alone = tokens[row : row + 1, first:last]
             expected = hidden_states(model.config, model.params, alone)
             np.testing.assert_allclose(found[row, first:last], expected[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "layers"])
+def test_streams_behind_layers_are_those_that_are_tapped(golden, remat):
+    model, tokens = golden("gemma3"), _tokens(5, 2, 9)
+    names = {f"layers/{i}/output": i for i in (0, model.config.num_layers - 1)}
+    _, taps = forward_with_taps(model.config, model.params, tokens, [*names, "norm/output"])
+    hidden, behind = hidden_states_with_layers(
+        model.config, model.params, tokens, names.values(), remat=remat
+    )
+    np.testing.assert_allclose(hidden, taps["norm/output"], atol=2e-5)
+    assert behind.keys() == set(names.values())
+    for name, i in names.items():
+        np.testing.assert_allclose(behind[i], taps[name], rtol=1e-5, atol=1e-5)
 
 
 def test_appending_writes_each_row_at_its_slots_and_drops_what_is_past_the_end():

@@ -13,6 +13,7 @@ from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import abstract_params
+from jaxopt_models.progress import Description
 from jaxopt_models.qtensor import QTensor
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
@@ -90,7 +91,7 @@ def test_half_a_billion_parameters_in_a_budget_that_does_not_hold_them():
     tokens = np.random.default_rng(1).integers(0, LARGE.vocab_size, (1, 64))
     layers = []
 
-    def progress(items: Any, description: str) -> Iterator[Any]:
+    def progress(items: Any, description: Description) -> Iterator[Any]:
         for item in items:
             live.look()
             layers.append(item)

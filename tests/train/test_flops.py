@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import tiny
+from jax.interpreters import partial_eval as pe
 
 import jaxopt_models as jom
 from jaxopt_models import tree
@@ -65,7 +66,7 @@ def _traced(config, trained, frozen, gradients: bool) -> float:
 
     function = jax.grad(loss) if gradients else loss
     closed = jax.make_jaxpr(function)(trained)
-    dead = jax.interpreters.partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
+    dead = pe.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     return _products(dead[0]) / LENGTH
 
 

@@ -34,12 +34,12 @@ SMALL = {
 }
 
 
-def _model(layers: int, dtype=jnp.bfloat16):
+def _model(layers: int, dtype=jnp.bfloat16, width: int = 32):
     config = ModelConfig.from_hf(
         {
             "model_type": "llama",
             "vocab_size": 256,
-            "hidden_size": 32,
+            "hidden_size": width,
             "intermediate_size": 64,
             "num_hidden_layers": layers,
             "num_attention_heads": 2,
@@ -53,10 +53,10 @@ def _model(layers: int, dtype=jnp.bfloat16):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, byte_tokenizer):
-    """Directories of a model of two layers and one of the first of them."""
+    """Directories of a model of two layers, one of the first of them, and one half as wide."""
     folder = tmp_path_factory.mktemp("models")
-    for name, layers in (("two", 2), ("one", 1)):
-        jom.save(folder / name, *_model(layers), byte_tokenizer)
+    for name, layers, width in (("two", 2, 32), ("one", 1, 32), ("narrow", 1, 16)):
+        jom.save(folder / name, *_model(layers, width=width), byte_tokenizer)
     return folder
 
 
@@ -188,6 +188,41 @@ def test_a_student_learns_from_the_model(models, tmp_path):
     assert not any(isinstance(x, QTensor) for _, x in tree.leaves_with_paths(result.model.params))
 
 
+def test_hidden_states_of_a_narrower_student(models, tmp_path):
+    """The projection is trained and goes on from a checkpoint, but is no part of the model."""
+    losses = [
+        {"kind": "forward_kl"},
+        {"kind": "hidden_mean_square", "layers": {0: 1}, "weight": {"from": 1.0, "to": 0.0}},
+        {"kind": "hidden_cosine", "weight": {"from": 0.0, "to": 2.0, "steps": 3}},
+    ]
+    more = {"parts": 2, "mesh": {"data": 2, "model": 2}, "train": "layers/*", "log": 1}
+    settings = _settings(models, student=str(models / "narrow"), losses=losses, **more)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train("distill", settings, whole)
+    for line, own, other in zip(result.log, (1, 5 / 6, 4 / 6), (0, 2 / 3, 4 / 3), strict=False):
+        expected = line["forward_kl"] + own * line["hidden_mean_square"]
+        assert line["loss"] == pytest.approx(expected + other * line["hidden_cosine"], rel=1e-5)
+    shutil.copytree(whole, parts)
+    last = max((parts / "states").iterdir(), key=lambda one: int(one.name))
+    shutil.rmtree(last)
+    shutil.rmtree(parts / "model")
+    again = train("distill", settings, parts, resume=True)
+    assert [line.get("loss") for line in again.log] == [line.get("loss") for line in result.log]
+    models_made = [jom.load(out / "model") for out in (whole, parts)]
+    for a, b in zip(*(jax.tree.leaves(model.params) for model in models_made), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert models_made[0].params.keys() == jom.load(models / "narrow").params.keys()
+    assert models_made[0].config.hidden_size == 16
+    with pytest.raises(UserError, match="names layer 2 of the teacher, which has 0 to 1"):
+        losses = [{"kind": "hidden_cosine", "layers": {0: 2}}]
+        train(
+            "distill",
+            _settings(models, student=str(models / "narrow"), losses=losses),
+            tmp_path / "other",
+        )
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(SMALL | {"model": str(models / "two"), "recipe": "fp8"}))
@@ -261,6 +296,41 @@ def test_presets_go_with_the_command_above_them(file):
     words = file.read_text().splitlines()[0].split()
     assert words[1:3] == ["jaxopt-models", "train"] and f"configs/runs/{file.name}" in words
     RunSettings.load(file).check(words[3])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"layers": {0: 1}}, "losses.0: 'layers' does not go with forward_kl; remove it"),
+        ({"kind": "hidden_cosine", "top_k": 3}, "losses.0: 'top_k' does not go with hidden_cosine"),
+        ({"weight": -1.0}, "losses.0.weight.number: Input should be greater than or equal to 0"),
+        ({"weight": {"from": 1.0}}, "losses.0.weight.schedule.to: Field required"),
+        (
+            {"weight": {"from": 1.0, "to": 0.0, "steps": 3, "share": 0.5}},
+            "losses.0.weight.schedule: give 'steps' or a 'share' of them, not both",
+        ),
+    ],
+)
+def test_mistakes_in_losses(tmp_path, more, message):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"model": "x", "losses": [{"kind": "forward_kl"} | more]}))
+    with pytest.raises(UserError, match=message):
+        RunSettings.load(file)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_weights_go_from_one_value_to_another(tmp_path, kind):
+    file, weight = tmp_path / "run.yaml", {"from": 0.25, "to": 2.0, "share": 0.5, "kind": kind}
+    file.write_text(yaml.safe_dump({"model": "x", "losses": [{"kind": "forward_kl"}]}))
+    settings = RunSettings.load(file, ["steps=40", f"losses.0.weight={weight}"])
+    (term,) = settings.terms("qad")
+    found = [float(term.weight_at(jnp.int32(step))) for step in range(40)]
+    assert found[0] == 0.25 and found[10] == pytest.approx(1.125) and found[20:] == [2.0] * 20
+    assert found[:21] == sorted(set(found))
+    bend = found[1] - found[0] - (found[11] - found[10])
+    assert bend == pytest.approx(0.0, abs=1e-6) if kind == "linear" else bend < -0.05
+    again = RunSettings.model_validate(settings.model_dump(mode="json"))
+    assert again == settings
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -12,8 +12,9 @@ import pytest
 
 import jaxopt_models as jom
 from jaxopt_models import tree
+from jaxopt_models.distill.hidden import HiddenLoss
+from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import top_k
-from jaxopt_models.distill.objective import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.qtensor import LowRank
 from jaxopt_models.train.leaves import computed, fake_quantized, fold
@@ -22,6 +23,12 @@ from jaxopt_models.train.step import make_train_step, start
 from jaxopt_models.train.trainable import combine, partition
 
 SGD = optax.sgd(0.1)
+MIXED = (
+    *QAD,
+    Term(LogitLoss("cross_entropy"), 0.5),
+    Term(HiddenLoss("hidden_cosine")),
+    Term(HiddenLoss("hidden_mean_square", ((1, 1),)), 2.0),
+)
 
 
 def _equal(a, b):
@@ -39,7 +46,7 @@ def fakes(tiny_params, tiny_quantized):
 def test_parts_are_one_batch(tiny_config, tiny_params, fakes, tokens):
     """Also where they have different numbers of tokens to learn."""
     mask = jnp.ones(tokens.shape).at[:3, 5:].set(0.0)
-    loss = next_token_loss(tiny_config, (*QAD, Term(LogitLoss("cross_entropy"), 0.5)))
+    loss = next_token_loss(tiny_config, MIXED)
     whole, found = make_train_step(loss, SGD)(
         start(fakes, SGD), tiny_params, {"tokens": tokens, "mask": mask}
     )
@@ -51,6 +58,7 @@ def test_parts_are_one_batch(tiny_config, tiny_params, fakes, tokens):
     for a, b in zip(jax.tree.leaves(other.trained), jax.tree.leaves(whole.trained), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     expected = found["forward_kl"] + 0.5 * found["cross_entropy"]
+    expected += found["hidden_cosine"] + 2.0 * found["hidden_mean_square"]
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
 
 
@@ -66,7 +74,7 @@ def test_documents_in_one_row_are_learnt_as_if_alone(tiny_config, tiny_params, f
     )
     lengths = jnp.repeat(jnp.array([5, 7, 2]), len(tokens))
     separate = {"tokens": alone, "mask": at[None] < lengths[:, None]}
-    loss = next_token_loss(tiny_config, (*QAD, Term(LogitLoss("cross_entropy"), 0.5)))
+    loss = next_token_loss(tiny_config, MIXED)
     step = make_train_step(loss, SGD)
     (one, found), (other, expected) = (
         step(start(fakes, SGD), tiny_params, batch) for batch in (packed, separate)
@@ -207,6 +215,23 @@ def test_weights_may_follow_the_step(tiny_config, tiny_params, fakes, tokens):
         np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
 
 
+def test_hidden_states_become_those_of_the_teacher(tiny_config, tiny_params, fakes, tokens):
+    """Without any loss of logits; the teacher's streams are the target, and have no gradient."""
+    optimizer = optax.adam(1e-3)
+    terms = (Term(HiddenLoss("hidden_mean_square")), Term(HiddenLoss("hidden_cosine"), 0.0))
+    step, state = make_train_step(next_token_loss(tiny_config, terms), optimizer), None
+    state = start(fakes, optimizer)
+    found = []
+    for _ in range(15):
+        state, metrics = step(state, tiny_params, {"tokens": tokens})
+        found.append(metrics)
+    for name in ("hidden_mean_square", "hidden_cosine"):
+        assert found[-1][name] < 0.7 * found[0][name]
+    loss = next_token_loss(tiny_config, terms)
+    gradient = jax.grad(lambda t: loss(fakes, t, {"tokens": tokens}, jnp.int32(0)).total)
+    assert not any(jnp.any(part) for part in jax.tree.leaves(gradient(tiny_params)))
+
+
 def test_a_teacher_that_is_known_beforehand(tiny_config, tiny_params, fakes, tokens):
     term = Term(LogitLoss("forward_kl", top_k=8))
     known = top_k(jom.forward(tiny_config, tiny_params, tokens), 8)
@@ -272,6 +297,9 @@ def test_what_is_refused(tiny_config, tiny_params, tiny_quantized, fakes):
         start(half, SGD)
     with pytest.raises(UserError, match="losses forward_kl, forward_kl: give one or more"):
         next_token_loss(tiny_config, (*QAD, *QAD))
+    hidden = next_token_loss(tiny_config, (Term(HiddenLoss("hidden_cosine")),))
+    with pytest.raises(UserError, match="hidden_cosine needs the teacher's parameters"):
+        hidden(tiny_params, None, {"tokens": jnp.zeros((1, 4), jnp.int32)}, jnp.int32(0))
     codes = {"layers": tiny_quantized["layers"][0]["mlp"]["up_proj"]}
     with pytest.raises(UserError, match="matches nothing that can be trained; there is nothing"):
         start(codes, SGD)
