@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.custom_derivatives import SymbolicZero
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
@@ -154,25 +153,22 @@ def _dot(dtype: Any, x: jax.Array, weight: jax.Array) -> jax.Array:
     return _contracted(x, weight, ((x.ndim - 1,), (1,)), dtype)
 
 
-def _forward(dtype: Any, x: Any, weight: Any) -> tuple[jax.Array, Any]:
-    """Keeps of each what the other's gradient is made of, if that is wanted."""
-    kept = x.value if weight.perturbed else None, weight.value if x.perturbed else None
-    return _dot(dtype, x.value, weight.value), kept
+def _forward(dtype: Any, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, Any]:
+    return _dot(dtype, x, weight), (x, weight)
 
 
-def _backward(dtype: Any, kept: Any, gradient: Any) -> tuple[jax.Array | None, jax.Array | None]:
-    """Products of two arrays of one dtype, where JAX's own rule would widen both to float32."""
-    if isinstance(gradient, SymbolicZero):
-        return None, None
+def _backward(dtype: Any, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Products of two arrays of one dtype, where JAX's own rule would widen both to float32.
+
+    What nobody asks for is no longer there once it is compiled.
+    """
     x, weight = kept
-    narrow, rows = (weight if x is None else x).dtype, tuple(range(gradient.ndim - 1))
-    gradient = gradient.astype(narrow)
-    of_x = None if weight is None else _contracted(gradient, weight, ((len(rows),), (0,)), narrow)
-    of_weight = None if x is None else _contracted(gradient, x, (rows, rows), narrow)
-    return of_x, of_weight
+    rows, gradient = tuple(range(gradient.ndim - 1)), gradient.astype(x.dtype)
+    of_x = _contracted(gradient, weight, ((len(rows),), (0,)), x.dtype)
+    return of_x, _contracted(gradient, x, (rows, rows), x.dtype)
 
 
-_dot.defvjp(_forward, _backward, symbolic_zeros=True)
+_dot.defvjp(_forward, _backward)
 
 
 def _contracted(x: jax.Array, y: jax.Array, axes: Any, dtype: Any) -> jax.Array:
