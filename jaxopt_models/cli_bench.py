@@ -1,7 +1,7 @@
 """`jaxopt-models bench`: measurements beside a peer and a limit."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -294,6 +294,15 @@ def bench_qad(
     qat_learning_rate: Annotated[
         float | None, typer.Option(min=0, help="The highest of QAT, if it is another.")
     ] = None,
+    end: Annotated[
+        float, typer.Option(min=0, max=1, help="The rate at the end, as a share of the highest.")
+    ] = 0.0,
+    cross_entropy: Annotated[
+        float, typer.Option(min=0, help="Weight of next tokens in QAD, beside the divergence's 1.")
+    ] = 0.0,
+    scales: Annotated[
+        Literal["dynamic", "static", "learned", "learned_untied"], typer.Option(help="Of weights.")
+    ] = "dynamic",
     packing: Annotated[
         Literal["stream", "documents"], typer.Option(help="Of rows of training.")
     ] = "stream",
@@ -320,7 +329,9 @@ def bench_qad(
     run = {"model": model, "text": text, "packing": packing, "length": length, "batch": batch}
     settings = RunSettings.of(
         run
-        | {"steps": steps, "dtype": dtype, "optimizer": {"learning_rate": learning_rate}}
+        | {"steps": steps, "dtype": dtype, "scales": scales}
+        | {"optimizer": {"learning_rate": learning_rate, "end": end}}
+        | {"losses": _qad_losses(cross_entropy)}
         | {"calibration": {"text": calib, "length": length}}
         | {"evaluation": dict(text=evaluation, windows=windows, length=length, every=every)}
     )
@@ -335,6 +346,12 @@ def bench_qad(
         progress=report.progress,
     )
     report.out.print(qad_table(result["rows"]))
+
+
+def _qad_losses(cross_entropy: float) -> list[dict[str, Any]]:
+    """The divergence, and next tokens if they have a weight."""
+    more = [{"kind": "cross_entropy", "weight": cross_entropy}] if cross_entropy else []
+    return [{"kind": "forward_kl"}, *more]
 
 
 @bench.command("quality")

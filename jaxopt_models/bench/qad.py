@@ -1,9 +1,10 @@
 """How much of what quantization costs comes back by training, from the teacher and from the text.
 
 Of each recipe and seed, the quantized model is trained twice from the same start on the same
-batches: for what the unquantized model says (QAD), and for next tokens of the text (QAT). A seed
-changes the order of the text and nothing else. Everything is measured of the folded model in
-float32, matrix products included, on windows of another text, as `evaluate` does.
+batches: for next tokens of the text (QAT), and for what the unquantized model says (QAD), alone or
+with a share of next tokens. A seed changes the order of the text and nothing else. Everything is
+measured of the folded model in float32, matrix products included, on windows of another text, as
+`evaluate` does.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ RECIPES = ("nvfp4", "int4")
 SEEDS = (0, 1, 2)
 
 # Of the settings, what differs from run to run, or changes no figure.
-_UNTOLD = {"model", "recipe", "student", "seed", "losses", "save", "keep", "keep_best", "log"}
+_UNTOLD = {"model", "recipe", "student", "seed", "save", "keep", "keep_best", "log"}
 
 
 def bench_qad(
@@ -59,7 +60,7 @@ def bench_qad(
     """Trains a model by QAT and QAD under each recipe, with each seed.
 
     Args:
-      settings: of every run, but for its recipe, seed and losses.
+      settings: of every run, but for its recipe and seed. Losses are those of QAD.
       recipes: as `Recipe.load` takes them.
       seeds: of the order of the text.
       qat_learning_rate: the highest of QAT; None is that of the settings, which QAD has.
@@ -141,7 +142,8 @@ class _Bench:
         return name | {"train_tokens": tokens}
 
     def _settings(self, mode: Mode, recipe: str | Path, seed: int) -> RunSettings:
-        own = {"recipe": str(recipe), "seed": seed, "losses": ()}
+        losses = () if mode == "qat" else self.settings.losses
+        own = {"recipe": str(recipe), "seed": seed, "losses": losses}
         rate = {"learning_rate": self.rates[mode]}
         optimizer = self.settings.optimizer.model_copy(update=rate)
         return self.settings.model_copy(update=own | {"optimizer": optimizer})
