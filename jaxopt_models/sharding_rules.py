@@ -74,3 +74,8 @@ TRAINING_RULES: dict[str, P | tuple[P, ...]] = {
 def rows_spec(mesh: Mesh) -> P:
     """The spec of rows that are split over all that a mesh has of `BATCH`."""
     return P(tuple(axis for axis in BATCH if axis in mesh.shape))
+
+
+def splits_rows_alone(mesh: Mesh) -> bool:
+    """Whether each device of a mesh has whole weights, and nothing but its rows is its own."""
+    return all(size == 1 for axis, size in mesh.shape.items() if axis != "data")

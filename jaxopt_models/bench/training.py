@@ -173,7 +173,9 @@ def _timed(setting: Setting, mode: str, gpus: int) -> _Timed:
     batch = {"tokens": _tokens(setting, gpus, mesh)}
     loss = next_token_loss(config, QAD if taught else QAT, remat=setting.remat)
     prepare = partial(computed, dtype=config.dtype)
-    step = make_train_step(loss, optimizer, parts=setting.parts, max_norm=1.0, prepare=prepare)
+    rows = None if mesh is None else NamedSharding(mesh, jax.P("data"))
+    options = {"parts": setting.parts, "max_norm": 1.0, "prepare": prepare, "rows": rows}
+    step = make_train_step(loss, optimizer, **options)
     begun = time.perf_counter()
     compiled = step.lower(state, teacher, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
     compile_seconds = time.perf_counter() - begun

@@ -43,7 +43,7 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, place, shard
-from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES
+from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES, splits_rows_alone
 from jaxopt_models.train import flops
 from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
@@ -174,7 +174,8 @@ def make_step(
     """
     config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
     rows = None if mesh is None else NamedSharding(mesh, P(BATCH))
-    loss = next_token_loss(config, terms, taught, settings.remat, rows)
+    alone = mesh is not None and splits_rows_alone(mesh)
+    loss = next_token_loss(config, terms, taught, settings.remat, None if alone else rows)
     return make_train_step(
         loss,
         settings.optimizer.transformation(settings.steps),
@@ -182,6 +183,7 @@ def make_step(
         max_norm=settings.max_norm,
         prepare=partial(computed, dtype=config.dtype),
         shardings=shardings,
+        rows=rows if alone else None,
     )
 
 

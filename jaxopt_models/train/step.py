@@ -124,6 +124,7 @@ def make_train_step(
     max_norm: float | None = None,
     prepare: Callable[[Any], Any] | None = None,
     shardings: TrainState | None = None,
+    rows: NamedSharding | None = None,
 ) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted step: (state, context, batch) -> (state, metrics).
 
@@ -139,6 +140,9 @@ def make_train_step(
       prepare: makes of parameters those that the loss reads, leaf by leaf, once for all parts and
         for what is computed again; see `leaves.computed`. None gives it the parameters themselves.
       shardings: a tree like the state, of its arrays and of gradients; None leaves them to XLA.
+      rows: of a part of a batch, where every device holds all parameters: each then finds the
+        gradient of its own rows, and they are added once a step, not in each part and in each piece
+        of the logits. The loss sees a device's rows alone. None leaves it to XLA.
 
     Returns:
       The step. Its metrics are float32: "loss" and the loss's others, means over the batch;
@@ -155,7 +159,7 @@ def make_train_step(
 
             gradient, sums = jax.grad(total, has_aux=True)(moved)
             gradient = pull(gradient)
-            if shardings is not None:
+            if shardings is not None and rows is None:
                 gradient = lax.with_sharding_constraint(gradient, shardings.trained)
             return gradient, sums
 
@@ -169,8 +173,10 @@ def make_train_step(
         zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
         return lax.scan(one, zeros, batch)[0]
 
+    summed = of_batch if rows is None else _by_device(of_batch, rows, parts)
+
     def step(state: TrainState, context: Any, batch: Any) -> Any:
-        gradient, sums = of_batch(state, context, batch)
+        gradient, sums = summed(state, context, batch)
         count = jnp.maximum(sums.count, 1.0)
         gradient = jax.tree.map(lambda g: g / count, gradient)
         norm = optax.tree.norm(gradient)
@@ -184,6 +190,18 @@ def make_train_step(
         return _updated(optimizer, state, gradient, finite), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def _by_device(of_batch: Callable[..., Any], rows: NamedSharding, parts: int) -> Callable[..., Any]:
+    """What each device finds of its own rows, added up over devices at the end."""
+    own = rows.spec if parts == 1 else PartitionSpec(None, *rows.spec)
+    whole = PartitionSpec()
+
+    def of_all(*arguments: Any) -> Any:
+        return lax.psum(of_batch(*arguments), rows.spec[0])
+
+    specs = (whole, whole, own)
+    return jax.shard_map(of_all, mesh=rows.mesh, in_specs=specs, out_specs=whole, check_vma=False)
 
 
 def _prepared(

@@ -81,6 +81,32 @@ def test_several_devices_learn_the_same(config, format, scales, tokens):
             assert array.addressable_shards[0].data.size * 4 == array.size, path
 
 
+def test_devices_that_hold_all_weights_add_gradients_once_a_step(tokens):
+    """Not in each part of a batch or piece of its logits; and the step is the one of one device."""
+    mesh, params = make_mesh({"data": 2, "model": 1}), _model(ONE_LAYER)
+    parts = {"tokens": jnp.stack([tokens, tokens[::-1]])}
+    options = {"parts": 2, "max_norm": 1.0, "prepare": partial(computed, dtype=jnp.float32)}
+    rows, loss = NamedSharding(mesh, P("data")), next_token_loss(ONE_LAYER)
+    state = start(shard(params, mesh), ADAM)
+    places = jax.tree.map(lambda array: array.sharding, state)
+    step = make_train_step(loss, ADAM, shardings=places, rows=rows, **options)
+    teacher = params | {"norm": {"weight": 2 * params["norm"]["weight"]}}
+    taught, shared = (
+        shard(teacher, mesh),
+        jax.device_put(parts, NamedSharding(mesh, P(None, "data"))),
+    )
+    program = step.lower(state, taught, shared).compile().as_text()
+    inner, entry = program.split("\nENTRY ")
+    assert "while(" in entry and "all-reduce(" in entry and "all-reduce(" not in inner
+
+    alone, expected = make_train_step(loss, ADAM, **options)(start(params, ADAM), teacher, parts)
+    state, found = step(state, taught, shared)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    for one, other in zip(*map(jax.tree.leaves, (state.trained, alone.trained)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_weights_move_and_activations_do_not(tokens):
     """No array with a row's positions is in any collective; what is gathered are whole weights."""
     length = 24  # no weight has that extent
