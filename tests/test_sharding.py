@@ -243,7 +243,7 @@ def test_training_splits_every_matrix_over_both_axes(config, sizes):
     kinds = params, jax.eval_shape(lambda p: quantize(p, "nvfp4", {}), params)
     for tree in kinds:
         for path, leaf in leaves_with_paths(shardings(tree, mesh, TRAINING_RULES)):
-            spec = (leaf.codes if isinstance(leaf, QTensor) else leaf).spec
+            spec = (leaf.codes if isinstance(leaf, QTensor) else leaf).spec  # pyright: ignore[reportAttributeAccessIssue]
             names = [name for entry in spec for name in np.atleast_1d(entry) if name]
             if is_decoder_matrix(path, dict(leaves_with_paths(params))[path]):
                 assert sorted(names) == ["fsdp", "model"], path

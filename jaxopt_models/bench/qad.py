@@ -26,16 +26,10 @@ from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train.loop import Evaluate, Log, Pace, Step, fit
-from jaxopt_models.train.run import (
-    context_of,
-    first_state,
-    make_step,
-    measurement,
-    student_of,
-    training_batches,
-    training_rows,
-)
+from jaxopt_models.train.rows import training_batches, training_rows
+from jaxopt_models.train.run import context_of, first_state, make_step, measurement
 from jaxopt_models.train.settings import RunSettings
+from jaxopt_models.train.student import student_of
 
 Mode = Literal["qat", "qad"]
 MODES: tuple[Mode, ...] = ("qat", "qad")

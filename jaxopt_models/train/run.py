@@ -19,40 +19,33 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxopt_models import data, tree
+from jaxopt_models import data
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
-from jaxopt_models.distill import teacher_cache
-from jaxopt_models.distill.hidden import PROJECTION, HiddenLoss, with_projection, without_projection
+from jaxopt_models.distill.hidden import PROJECTION
 from jaxopt_models.distill.logit_loss import LogitLoss
-from jaxopt_models.distill.losses import TopK
 from jaxopt_models.distributed import agree
-from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
-from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
-from jaxopt_models.quantize.ptq import quantize
-from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sharding import make_mesh, place, shard
 from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES, splits_rows_alone
 from jaxopt_models.train import flops
-from jaxopt_models.train.adapters import merged, with_adapters
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import computed, fake_quantized, fold
+from jaxopt_models.train.leaves import computed
 from jaxopt_models.train.loop import Log, Pace, Step, fit
-from jaxopt_models.train.objectives import Term, logit_losses, next_token_loss
-from jaxopt_models.train.settings import Adapters, RunSettings, Technique
+from jaxopt_models.train.objectives import Term, next_token_loss
+from jaxopt_models.train.rows import cached_teacher, training_batches, training_rows
+from jaxopt_models.train.settings import RunSettings, Technique
 from jaxopt_models.train.step import TrainState, make_train_step, start
-from jaxopt_models.train.trainable import combine, partition
+from jaxopt_models.train.student import computing, finished, student_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def train(
         With adapters, the first two are QLoRA and the last is LoRA.
       settings: see `settings`.
       out: directory to create; see above.
-      resume: goes on with a directory of the same settings where it stopped.
+      resume: goes on with a directory of the same settings, whatever the mesh, where it stopped.
       progress: wraps loops.
 
     Raises:
@@ -95,16 +88,15 @@ def train(
     mesh = _mesh(settings)
     out = Path(out).expanduser()
     described = {"technique": technique} | settings.model_dump(mode="json")
-    _check_directory(out, described, resume)
+    lasting = {name: value for name, value in described.items() if name != "mesh"}
+    _check_directory(out, lasting, resume)
     agree(described | {"out": str(out), "resume": resume})
     teacher = load(settings.model)
     rows = training_rows(teacher, settings)  # first, since quantizing takes long
     terms = settings.terms(technique)
     if settings.teacher_cache is not None:
-        rows |= {"teacher": _cached(teacher, rows, terms, settings, mesh, progress)}
+        rows |= {"teacher": cached_teacher(teacher, rows, terms, settings, mesh, progress)}
     student = student_of(technique, settings, teacher, progress)
-    if any(isinstance(term.loss, HiddenLoss) for term in terms):
-        student = _projected(student, teacher, settings.seed)
     if mesh is not None:
         teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
         student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
@@ -117,7 +109,7 @@ def train(
     if jax.process_index() == 0:
         write_json(out / "run.json", described)
     best = "kl" if settings.keep_best else None
-    with Checkpoints(out / "states", keep=settings.keep, best=best, signature=described) as states:
+    with Checkpoints(out / "states", keep=settings.keep, best=best, signature=lasting) as states:
         if states.steps:
             state = states.restore(state)
         log = Log(out / "log.jsonl", int(state.step))
@@ -133,7 +125,7 @@ def train(
             least_seconds=least,
             progress=progress,
         )
-    model = replace(student, params=_finished(state.params, teacher.params, settings))
+    model = replace(student, params=finished(state.params, teacher.params, settings))
     provenance = {"source": teacher.source, "run": described}
     save(
         out / "model",
@@ -195,6 +187,18 @@ def first_state(settings: RunSettings, student: Model) -> TrainState:
     return start(student.params, optimizer, train, settings.freeze)
 
 
+def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
+    """What the step reads besides the batch: the teacher's parameters as they compute; None if no
+    loss needs them, as if what the teacher says comes with the batch."""
+    cached = settings.teacher_cache is not None
+    if not any(
+        term.loss.needs_teacher and not (cached and isinstance(term.loss, LogitLoss))
+        for term in terms
+    ):
+        return None
+    return computing(teacher, settings)
+
+
 def _least_seconds(
     settings: RunSettings,
     state: TrainState,
@@ -212,7 +216,8 @@ def _least_seconds(
     return flops.least_seconds(settings.batch * settings.length * each, devices)
 
 
-def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None:
+def _check_directory(out: Path, lasting: dict[str, Any], resume: bool) -> None:
+    """Of settings that a run keeps when it is gone on with."""
     if not resume:
         if out.exists():
             raise UserError(f"{out} exists already; choose another one, or resume the run in it")
@@ -221,169 +226,12 @@ def _check_directory(out: Path, described: dict[str, Any], resume: bool) -> None
         before = json.loads((out / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{out} holds no run to resume (it has no readable run.json)") from error
-    name = first_difference(before, described)
+    name = first_difference(before | {"mesh": None}, lasting)
     if name is not None:
         raise UserError(
             f"{out} is a run with {name} {before.get(name)!r}, and now it is "
-            f"{described.get(name)!r}; resume with the same settings, or choose another directory"
+            f"{lasting.get(name)!r}; resume with the same settings, or choose another directory"
         )
-
-
-def student_of(
-    technique: Technique, settings: RunSettings, teacher: Model, progress: Progress = silent
-) -> Model:
-    """The model to train, what is trained of it in float32."""
-    student = _learner(settings, teacher) if technique == "distill" else teacher
-    if settings.adapters is not None:  # mistakes are to be known before quantizing, which is long
-        jax.eval_shape(partial(_adapted, settings.adapters), student.params)
-    if technique != "distill":
-        student = replace(student, params=_quantized(settings, teacher, progress))
-    params = student.params
-    if settings.adapters is not None:
-        params = _adapted(settings.adapters, params, settings.seed)
-    return replace(student, params=_wide(params, settings.trained, settings.freeze))
-
-
-def _adapted(chosen: Adapters, params: Any, seed: int = 0) -> Any:
-    """With new adapters, which can be merged if they are to be."""
-    key = jax.random.key(seed)
-    params = with_adapters(params, key, chosen.rank, chosen.alpha, chosen.match)
-    if chosen.merge:
-        jax.eval_shape(merged, params)
-    return params
-
-
-def _learner(settings: RunSettings, teacher: Model) -> Model:
-    assert settings.student is not None  # `check`
-    student = load(settings.student)
-    if student.config.vocab_size != teacher.config.vocab_size:
-        raise UserError(
-            f"{settings.student} has {student.config.vocab_size} tokens in its vocabulary and "
-            f"{settings.model} {teacher.config.vocab_size}; they have to share a tokenizer"
-        )
-    return student
-
-
-def _quantized(settings: RunSettings, teacher: Model, progress: Progress) -> Any:
-    """Parameters under the recipe: codes for adapters to learn beside, else fake-quantized."""
-    assert settings.recipe is not None  # `check`
-    recipe, known = Recipe.load(settings.recipe), settings.calibration
-    batches = None
-    if recipe.needs_text:
-        text = data.load_text(known.text, "calibration")
-        batches = data.token_batches(teacher, text, known.windows, known.length, settings.batch)
-    quantized, _ = quantize(teacher, recipe, batches, progress)
-    if settings.adapters is not None:
-        return quantized
-    masters = teacher.params if settings.begin == "original" else None
-    return fake_quantized(masters, quantized, settings.scales, settings.gradient)
-
-
-def _projected(student: Model, teacher: Model, seed: int) -> Model:
-    configs = student.config, teacher.config
-    return replace(student, params=with_projection(student.params, *configs, jax.random.key(seed)))
-
-
-def _wide(params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()) -> Any:
-    """With all that is trained in float32; scales stay as they are stored."""
-    trained, frozen = partition(params, train, freeze)
-    return combine(jax.tree.map(lambda array: array.astype(jnp.float32), trained), frozen)
-
-
-def _finished(params: Any, like: Any, settings: RunSettings) -> Any:
-    """As they are saved and measured: quantized, adapters merged if they are to be, plain arrays
-    and low-rank parts in the dtype the model came with."""
-    dtype = like["embed_tokens"]["weight"].dtype
-    params = without_projection(params)
-    merge = settings.adapters is not None and settings.adapters.merge
-    floats, others = partition(merged(params) if merge else fold(params))
-    return combine(
-        jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, floats), others
-    )
-
-
-def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
-    """What the step reads besides the batch: the teacher's parameters as they compute; None if no
-    loss needs them, as if what the teacher says comes with the batch."""
-    cached = settings.teacher_cache is not None
-    if not any(
-        term.loss.needs_teacher and not (cached and isinstance(term.loss, LogitLoss))
-        for term in terms
-    ):
-        return None
-    return _computing(teacher, settings)
-
-
-def _computing(teacher: Model, settings: RunSettings) -> Any:
-    """Parameters, plain arrays of them in the dtype of computation."""
-    dtype = jnp.dtype(settings.dtype)
-
-    def cast(path: str, leaf: Any) -> Any:
-        return leaf if tree.is_leaf(leaf) or in_kv_cache(path) else leaf.astype(dtype)
-
-    return tree.map_with_path(cast, teacher.params)
-
-
-def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
-    """The text that is trained on, as rows: "tokens", and what `next_token_loss` reads besides."""
-    tokenizer = data.tokenizer_of(model)
-    if settings.packing == "documents":
-        return pack_documents(
-            read_documents(settings.text, tokenizer, settings.learn), settings.length
-        )
-    text = data.load_text(settings.text, "calibration")
-    return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
-
-
-def _cached(
-    teacher: Model,
-    rows: dict[str, np.ndarray],
-    terms: Sequence[Term],
-    settings: RunSettings,
-    mesh: Mesh | None,
-    progress: Progress,
-) -> TopK:
-    """What the teacher says of all rows, from the cache, which is made if it is not there."""
-    chosen = settings.teacher_cache
-    assert chosen is not None
-    temperature = chosen.temperature(logit_losses(terms))
-    made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
-    if not Path(chosen.directory).expanduser().exists():
-        config, params = (
-            replace(teacher.config, dtype=settings.dtype),
-            _computing(teacher, settings),
-        )
-        placed = params if mesh is None else shard(params, mesh, TRAINING_RULES)
-        teacher_cache.write(
-            chosen.directory,
-            made_of,
-            replace(teacher, config=config, params=placed),
-            rows,
-            chosen.top_k,
-            batch_size=settings.batch // settings.parts,
-            mesh=mesh,
-            progress=progress,
-        )
-    return teacher_cache.read(chosen.directory, made_of, chosen.top_k)
-
-
-def training_batches(rows: dict[str, Any], settings: RunSettings, mesh: Mesh | None = None) -> Any:
-    """Number of a step -> its batch, on the devices."""
-    stream = data.PackedBatches(rows, settings.batch, settings.seed)
-    spec = P(BATCH) if settings.parts == 1 else P(None, BATCH)
-
-    def taken(own: np.ndarray, numbers: np.ndarray) -> jax.Array:
-        if mesh is None:
-            return jnp.asarray(own[numbers])
-        return data.global_batch(own, numbers, mesh, spec)
-
-    def batch(step: int) -> Any:
-        numbers = stream.numbers(step)
-        if settings.parts > 1:
-            numbers = numbers.reshape(settings.parts, -1)
-        return jax.tree.map(lambda own: taken(own, numbers), rows)
-
-    return batch
 
 
 def measurement(
@@ -399,7 +247,7 @@ def measurement(
     original = reference(teacher.config, teacher.params, batches)
 
     def measure(params: Any) -> dict[str, float]:
-        found = evaluate(config, _finished(params, teacher.params, settings), batches, original)
+        found = evaluate(config, finished(params, teacher.params, settings), batches, original)
         assert found.kl is not None and found.top1_agreement is not None
         return {
             "perplexity": found.perplexity,

@@ -18,8 +18,10 @@ from jaxopt_models.qtensor import DenseTensor, QTensor
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train.leaves import fake_quantized, fold
-from jaxopt_models.train.run import _wide, train, training_rows
+from jaxopt_models.train.rows import training_rows
+from jaxopt_models.train.run import train
 from jaxopt_models.train.settings import Optimizer, RunSettings
+from jaxopt_models.train.student import _wide
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
 SMALL = {
@@ -151,16 +153,20 @@ def test_adapters_beside_floats_and_what_is_trained_besides(models, tmp_path):
 
 
 def test_adapters_are_gone_on_with(models, tmp_path):
-    """A run that stops at a checkpoint ends as one that did not."""
+    """A run that stops at a checkpoint ends as one that did not; on another mesh nearly so."""
     adapters = {"rank": 4, "match": "*/self_attn/*"}
     settings = _settings(models, recipe="nf4", adapters=adapters, evaluation={"windows": 1})
     whole = train("qat", settings, tmp_path / "whole")
     train("qat", settings, tmp_path / "parts")
     shutil.rmtree(tmp_path / "parts" / "model")
     shutil.rmtree(tmp_path / "parts" / "states" / "6")
+    shutil.copytree(tmp_path / "parts", tmp_path / "moved")
     resumed = train("qat", settings, tmp_path / "parts", resume=True)
     pairs = zip(*(jax.tree.leaves(r.model.params) for r in (whole, resumed)), strict=True)
     assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    elsewhere = settings.model_copy(update={"mesh": {"data": 2, "fsdp": 2}})
+    moved = train("qat", elsewhere, tmp_path / "moved", resume=True).log[-1]["perplexity"]
+    assert moved == pytest.approx(whole.log[-1]["perplexity"], rel=1e-3)
 
 
 def test_what_is_widened_is_what_is_trained():
