@@ -48,9 +48,22 @@ class Log:
     last checkpoint, are dropped.
     """
 
-    def __init__(self, file: Path | None, step: int = 0) -> None:
+    def __init__(
+        self,
+        file: Path | None,
+        step: int = 0,
+        also: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Begins a log, or goes on with one.
+
+        Args:
+          file: None keeps lines in memory alone.
+          step: that the run is at.
+          also: takes each line, too, in the first process.
+        """
         self.lines: list[dict[str, Any]] = []
         self._file = file
+        self._also = also
         if file is not None and file.exists():
             self.lines = list(_before(file, step))
             text = "".join(json.dumps(line) + "\n" for line in self.lines)
@@ -60,9 +73,13 @@ class Log:
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         line = {"step": step, **values}
         self.lines.append(line)
-        if self._file is not None and jax.process_index() == 0:
+        if jax.process_index() != 0:
+            return
+        if self._file is not None:
             with self._file.open("a", encoding="utf-8") as out:
                 out.write(json.dumps(line) + "\n")
+        if self._also is not None:
+            self._also(step, values)
 
 
 def _before(file: Path, step: int) -> Iterable[dict[str, Any]]:

@@ -3,6 +3,7 @@
 OUT/run.json       the settings
 OUT/states/        checkpoints of training
 OUT/log.jsonl      metrics
+OUT/board/         the same for TensorBoard, if it is wanted
 OUT/model/         the result, a checkpoint that `load` reads: quantized leaves, or float ones,
                     with adapters beside them or merged
 
@@ -13,6 +14,7 @@ among them; the first one writes.
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ from jaxopt_models.train.rows import cached_teacher, training_batches, training_
 from jaxopt_models.train.settings import RunSettings, Technique
 from jaxopt_models.train.step import TrainState, make_train_step, start
 from jaxopt_models.train.student import computing, finished, student_of
+from jaxopt_models.train.tensorboard import board, summary_writer
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ def train(
         resume), text that is too short, or a run that is lost.
     """
     settings.check(technique)
+    if settings.tensorboard:
+        summary_writer()  # or it is known at once that there is none
     mesh = _mesh(settings)
     out = Path(out).expanduser()
     described = {"technique": technique} | settings.model_dump(mode="json")
@@ -112,19 +117,21 @@ def train(
     with Checkpoints(out / "states", keep=settings.keep, best=best, signature=lasting) as states:
         if states.steps:
             state = states.restore(state)
-        log = Log(out / "log.jsonl", int(state.step))
-        state = fit(
-            step,
-            state,
-            training_batches(rows, settings, mesh),
-            context,
-            Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
-            evaluate=measurement(student.config, teacher, settings, mesh),
-            checkpoints=states,
-            log=log,
-            least_seconds=least,
-            progress=progress,
-        )
+        begun = int(state.step)
+        with _board(settings, out, begun) as also:
+            log = Log(out / "log.jsonl", begun, also)
+            state = fit(
+                step,
+                state,
+                training_batches(rows, settings, mesh),
+                context,
+                Pace(settings.steps, settings.log, settings.save, settings.evaluation.every),
+                evaluate=measurement(student.config, teacher, settings, mesh),
+                checkpoints=states,
+                log=log,
+                least_seconds=least,
+                progress=progress,
+            )
     model = replace(student, params=finished(state.params, teacher.params, settings))
     provenance = {"source": teacher.source, "run": described}
     save(
@@ -137,6 +144,11 @@ def train(
         overwrite=resume,
     )
     return Result(model, log.lines)
+
+
+def _board(settings: RunSettings, out: Path, step: int) -> AbstractContextManager[Any]:
+    shown = settings.tensorboard and jax.process_index() == 0
+    return board(out / "board", step) if shown else nullcontext()
 
 
 def _mesh(settings: RunSettings) -> Mesh | None:

@@ -69,6 +69,8 @@ class RunSettings(Strict):
       remat: see `transformer.Remat`.
       mesh: sizes of the axes "data", "fsdp" and "model", see `sharding_rules`; those that are not
         named are 1. None at all is one device.
+      log, save: every so many steps.
+      tensorboard: whether metrics are written for it, too.
       keep: checkpoints.
     """
 
@@ -99,6 +101,7 @@ class RunSettings(Strict):
     mesh: dict[Literal["data", "fsdp", "model"], StrictInt] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
     log: StrictInt = Field(default=10, ge=1)
+    tensorboard: StrictBool = False
     save: StrictInt = Field(default=100, ge=1)
     keep: StrictInt = Field(default=2, ge=1)
     keep_best: StrictBool = True

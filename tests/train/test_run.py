@@ -231,7 +231,8 @@ def test_hidden_states_of_a_narrower_student(models, tmp_path):
 
 def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(SMALL | {"model": str(models / "two"), "recipe": "fp8"}))
+    chosen = {"model": str(models / "two"), "recipe": "fp8", "tensorboard": True}
+    file.write_text(yaml.safe_dump(SMALL | chosen))
     out = tmp_path / "out"
     command = ["train", "qad", "--config", str(file), "--out", str(out), "--set", "seed=3"]
 
@@ -243,6 +244,7 @@ def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
 
     assert run("--set", "optimizer.learning_rate=0.002") == 0
     assert "6 steps: perplexity" in capsys.readouterr().out
+    assert list((out / "board").iterdir())
     first = (out / "model" / "jaxopt_models.json").read_text()
     assert run() == 2 and "exists already; choose another" in capsys.readouterr().err
     assert run("--coordinator", "host") == 2
