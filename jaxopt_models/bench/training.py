@@ -38,7 +38,7 @@ from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.formats import resolve
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import Remat, init
-from jaxopt_models.sharding import make_mesh, shardings
+from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.train import flops
 from jaxopt_models.train.leaves import computed
 from jaxopt_models.train.objectives import QAD, QAT, next_token_loss
@@ -203,20 +203,23 @@ def random_masters(config: ModelConfig, format: str | None, mesh: Any = None) ->
     """
     spec = None if format is None else resolve(format)
 
+    @jax.jit
+    def overall(weight: jax.Array) -> jax.Array | None:
+        assert spec is not None
+        return numerics.overall_amax(numerics.find_scales(weight, spec), spec)
+
     def leaf(path: str, weight: jax.Array) -> Any:
         if spec is None or not tree.is_decoder_matrix(path, weight):
             return weight
-        overall = numerics.overall_amax(numerics.find_scales(weight, spec), spec)
-        return FakeTensor(weight, overall=overall, spec=spec)
+        return FakeTensor(weight, overall=overall(weight), spec=spec)
 
     return _made(lambda key: tree.map_with_path(leaf, init(config, key)), 0, mesh)
 
 
 def _made(make: Callable[[jax.Array], Any], seed: int, mesh: Any) -> Any:
-    """Parameters, made where they are to lie."""
-    key = jax.random.key(seed)
-    where = None if mesh is None else shardings(jax.eval_shape(make, key), mesh)
-    return jax.jit(make, out_shardings=where)(key)
+    """Parameters, a leaf at a time: leaves of one shape share what is compiled."""
+    params = make(jax.random.key(seed))
+    return params if mesh is None else shard(params, mesh)
 
 
 def _tokens(setting: Setting, gpus: int, mesh: Any) -> jax.Array:
