@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -93,7 +93,8 @@ def start(
                 "trained to float32 and compute in the narrower dtype (config.dtype)"
             )
     trained, frozen = jax.tree.map(jnp.copy, (trained, frozen))
-    everywhere = _everywhere(trained)
+    mesh = _mesh_of(trained)
+    everywhere = _everywhere(mesh)
     with jax.numpy_dtype_promotion("standard"):
         state = optimizer.init(trained)
     state = optax.tree.map_params(
@@ -104,13 +105,21 @@ def start(
         transform_non_params=everywhere,
     )
     step, skipped, all_skipped = (everywhere(jnp.zeros((), jnp.int32)) for _ in range(3))
-    return TrainState(step, trained, frozen, state, skipped, all_skipped)
+    first = TrainState(step, trained, frozen, state, skipped, all_skipped)
+    if mesh is not None:
+        return first
+    # Committed to the device, as what a step returns is; else its second call compiles it again.
+    return place(first, jax.tree.map(lambda array: array.sharding, first))
 
 
-def _everywhere(trained: Any) -> Callable[[jax.Array], jax.Array]:
-    """Copies an array to every device of the mesh that parameters are on, if they are."""
+def _mesh_of(trained: Any) -> Mesh | None:
+    """The mesh that parameters are on, if they are."""
     meshes = (getattr(array.sharding, "mesh", None) for array in jax.tree.leaves(trained))
-    mesh = next((mesh for mesh in meshes if mesh is not None), None)
+    return next((mesh for mesh in meshes if mesh is not None), None)
+
+
+def _everywhere(mesh: Mesh | None) -> Callable[[jax.Array], jax.Array]:
+    """Copies an array to every device of a mesh, if there is one."""
     if mesh is None:
         return lambda array: array
     return lambda array: place(array, NamedSharding(mesh, PartitionSpec()))

@@ -43,6 +43,16 @@ def fakes(tiny_params, tiny_quantized):
     return fake_quantized(tiny_params, tiny_quantized)
 
 
+def test_a_step_is_compiled_once(tiny_config, tiny_params, fakes, tokens):
+    """What it returns is placed as what it began with."""
+    adam = optax.adamw(1e-3)
+    step = make_train_step(next_token_loss(tiny_config, QAD), adam)
+    state = start(fakes, adam, freeze=("norm/*",))
+    for _ in range(3):
+        state, _ = step(state, tiny_params, {"tokens": tokens})
+    assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
 def test_parts_are_one_batch(tiny_config, tiny_params, fakes, tokens):
     """Also where they have different numbers of tokens to learn."""
     mask = jnp.ones(tokens.shape).at[:3, 5:].set(0.0)
