@@ -66,6 +66,7 @@ class Checkpoints:
             preservation_policy=policy,
             cleanup_tmp_directories=True,
         )
+        self._writing: Any = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -99,7 +100,7 @@ class Checkpoints:
         custom: Any = {"signature": self._signature, "arrays": described}
         if jax.default_backend() == "cpu":  # where writing reads the very memory of the array
             arrays = jax.tree.map(jnp.copy, arrays)
-        self._checkpointer.save_async(
+        self._writing = self._checkpointer.save_async(
             step,
             arrays,
             force=True,
@@ -117,6 +118,8 @@ class Checkpoints:
         Raises:
           UserError: if there is none, if it is of another run, or if its arrays are others.
         """
+        if self._writing is not None:  # which `steps` has already
+            self._writing.result()
         if not self.steps or step not in (None, *self.steps):
             have = f"has steps {', '.join(map(str, self.steps))}" if self.steps else "is empty"
             raise UserError(f"{self.directory} {have}; there is nothing to resume at {step}")
