@@ -41,6 +41,11 @@ def progress(items: Iterable[Any], description: Description) -> Iterable[Any]:
             bar.update(task, advance=1, description=now())
 
 
+def say(line: str) -> None:
+    """A line on standard output as it is, whatever the terminal's width."""
+    out.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A spinner for a step of unknown length."""

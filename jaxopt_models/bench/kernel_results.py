@@ -1,6 +1,5 @@
 """The result file of the kernel bench: ceilings, rows, and the table that people read."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from jaxopt_models.bench.quality_results import device, today
+from jaxopt_models.bench.result_file import read_results
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -47,15 +47,10 @@ class KernelResults:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            self.ceilings, self.rows = before["ceilings"], before["rows"]
-            self.failures, where = before["failures"], before["device"]
-            self.least_us = before.get("least_us")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} exists and holds no results of this bench; choose another --json"
-            ) from error
+        before = read_results(file, ("ceilings", "rows", "failures", "device"), "--json")
+        self.ceilings, self.rows = before["ceilings"], before["rows"]
+        self.failures, where = before["failures"], before["device"]
+        self.least_us = before.get("least_us")
         if where != device():
             raise UserError(
                 f"{file} holds figures of {where}, and this is {device()}; choose another --json"

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxopt_models import data
 from jaxopt_models.bench.qad_results import QadResults, row_line
+from jaxopt_models.bench.quality import checksum
 from jaxopt_models.bench.quality_peer import format_name
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.models.model import Model
@@ -214,7 +214,6 @@ def _protocol(
     for source in (told, told["evaluation"], told["calibration"]):
         source["text"] = _name(source["text"])
     del told["optimizer"]["learning_rate"]
-    text = data.load_text(settings.evaluation.text, "evaluation")
     learnt = hashlib.sha256()
     for name in sorted(rows):
         learnt.update(np.ascontiguousarray(rows[name]).tobytes())
@@ -223,7 +222,7 @@ def _protocol(
         "learning_rates": dict(rates),
         "rows_of_text": len(rows["tokens"]),
         "sha256_of_rows": learnt.hexdigest(),
-        "sha256_of_evaluation": hashlib.sha256(text.encode()).hexdigest(),
+        "sha256_of_evaluation": checksum(settings.evaluation.text, "evaluation"),
         "settings": told,
     }
 

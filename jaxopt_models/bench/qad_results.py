@@ -9,6 +9,7 @@ from rich.table import Table
 
 from jaxopt_models.bench.peer import circumstances
 from jaxopt_models.bench.quality_results import device
+from jaxopt_models.bench.result_file import read_results
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.report import empty_table
@@ -32,14 +33,8 @@ class QadResults:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            theirs, self.rows = before["protocol"], before["rows"]
-            where = before["device"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} exists and holds no results of this bench; choose another --json"
-            ) from error
+        before = read_results(file, ("protocol", "rows", "device"), "--json")
+        theirs, self.rows, where = before["protocol"], before["rows"], before["device"]
         key = first_difference(theirs, self.protocol)
         if key is not None:
             raise UserError(

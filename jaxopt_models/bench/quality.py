@@ -90,8 +90,8 @@ class Setting:
     def protocol(self, counts: Windows, peer: PeerFigures | None) -> dict[str, Any]:
         """What the figures depend on, and in what this is not how the reference was measured."""
         decisive = {
-            "calibration_text": _checksum(self.calibration_text, "calibration"),
-            "evaluation_text": _checksum(self.evaluation_text, "evaluation"),
+            "calibration_text": checksum(self.calibration_text, "calibration"),
+            "evaluation_text": checksum(self.evaluation_text, "evaluation"),
             "windows": asdict(counts),
             "length": self.length,
         }
@@ -279,5 +279,6 @@ def _titled(progress: Progress, title: str) -> Progress:
     return titled
 
 
-def _checksum(source: str, split: data.Split) -> str:
+def checksum(source: str, split: data.Split) -> str:
+    """SHA-256 of a text, see `data.load_text`."""
     return hashlib.sha256(data.load_text(source, split).encode()).hexdigest()

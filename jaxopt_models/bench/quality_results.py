@@ -1,6 +1,5 @@
 """The result files of the quality bench: protocol, rows, and the table that people read."""
 
-import json
 import os
 import platform
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from jaxopt_models.bench.result_file import read_results
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -73,15 +73,9 @@ class Results:
             self._read()
 
     def _read(self) -> None:
-        try:
-            before = json.loads(self.file.read_text(encoding="utf-8"))
-            protocol, self.teachers, self.rows = (
-                before[key] for key in ("protocol", "teachers", "rows")
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.file} exists and holds no results of this bench; choose another --out"
-            ) from error
+        keys = "protocol", "teachers", "rows"
+        before = read_results(self.file, keys, "--out")
+        protocol, self.teachers, self.rows = (before[key] for key in keys)
         for key in _DECISIVE:
             if protocol.get(key) != self.protocol[key]:
                 raise UserError(

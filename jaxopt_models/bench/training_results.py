@@ -7,13 +7,13 @@ than in bf16, and a teacher's than the same without it, are shares of the shorte
 over those of one device. They are None without the other row, `mfu` where no peak rate is known.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from jaxopt_models.bench.quality_results import today
+from jaxopt_models.bench.result_file import read_results
 from jaxopt_models.checkpoint.native import package_version
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -41,13 +41,8 @@ class TrainingResults:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            self.rows, where = before["rows"], before["device"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file} exists and holds no results of this bench; choose another --out"
-            ) from error
+        before = read_results(file, ("rows", "device"), "--out")
+        self.rows, where = before["rows"], before["device"]
         if where != _device():
             raise UserError(f"{file} holds figures of {where}, not of {_device()}; choose another")
 

@@ -86,7 +86,7 @@ def run(folder: Path, *recipes: str, out: str = "results.json", **options: Any) 
 def as_reference(folder: Path, monkeypatch) -> None:
     """Makes the folder's texts those that the reference was measured on."""
     for constant, split in (("CALIBRATION", "calib.txt"), ("EVALUATION", "eval.txt")):
-        digest = quality._checksum(str(folder / split), "calibration")
+        digest = quality.checksum(str(folder / split), "calibration")
         source = getattr(quality.texts, constant)
         monkeypatch.setattr(quality.texts, constant, replace(source, sha256=digest))
 

@@ -1,0 +1,143 @@
+"""Commands of `jaxopt-models bench` about training: how fast it is, and what it brings back."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from jaxopt_models import report
+from jaxopt_models.cli_options import JsonOption, LengthOption
+
+
+def bench_training(
+    model: Annotated[str, typer.Option(help="Shape: llama-1b, llama-8b or tiny.")] = "llama-1b",
+    modes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--modes",
+            help="bf16, qat_nvfp4, qat_int4, qad_nvfp4, distill; may be repeated; else all.",
+        ),
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(min=1, help="The first of them; may be repeated; else 1.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a part on each device.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 2048,
+    parts: Annotated[int, typer.Option(min=1, help="Of a step, accumulated.")] = 4,
+    remat: Annotated[
+        Literal["none", "products", "layers"],
+        typer.Option(help="What is computed again for gradients."),
+    ] = "products",
+    steps: Annotated[int, typer.Option(min=1, help="That are timed.")] = 10,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which nothing more is begun.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for training_<device>.json.")
+    ] = None,
+) -> None:
+    """Time training on random weights, beside bfloat16 and the devices' peak rate.
+
+    Rows are printed and saved one by one. A file that is there is gone on with.
+    """
+    from jaxopt_models.bench import training
+
+    training.bench_training(
+        training.Setting(model, batch, length, parts, remat, steps),
+        modes or training.MODES,
+        gpus or (1,),
+        limit=limit,
+        out=out,
+        say=report.say,
+    )
+
+
+def bench_qad(
+    text: Annotated[
+        str, typer.Option(help="Training text: a file, also of documents, builtin, or hf:NAME.")
+    ],
+    evaluation: Annotated[str, typer.Option(help="Evaluation text, not trained on.")],
+    model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
+    format: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Preset or YAML; may be repeated; else nvfp4 and int4."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", min=0, help="May be repeated; else 0 1 2.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 400,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
+    length: LengthOption = 512,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="That training computes in.")
+    ] = "bfloat16",
+    learning_rate: Annotated[float, typer.Option(min=0, help="The highest.")] = 1e-4,
+    qat_learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="The highest of QAT, if it is another.")
+    ] = None,
+    end: Annotated[
+        float, typer.Option(min=0, max=1, help="The rate at the end, as a share of the highest.")
+    ] = 0.0,
+    cross_entropy: Annotated[
+        float, typer.Option(min=0, help="Weight of next tokens in QAD, beside the divergence's 1.")
+    ] = 0.0,
+    scales: Annotated[
+        Literal["dynamic", "static", "learned", "learned_untied"], typer.Option(help="Of weights.")
+    ] = "dynamic",
+    packing: Annotated[
+        Literal["stream", "documents"], typer.Option(help="Of rows of training.")
+    ] = "stream",
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")
+    ] = "builtin",
+    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 64,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; else at the end only.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(min=0, help="Seconds; nothing is begun that would take longer.")
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Train under quantization for the text and for what the unquantized model says, and compare.
+
+    Rows are saved one by one. A JSON file that is there is gone on with.
+    """
+    from jaxopt_models.bench import qad
+    from jaxopt_models.bench.qad_results import qad_table
+    from jaxopt_models.train.settings import RunSettings
+
+    measured = {"text": evaluation, "windows": windows, "length": length, "every": every}
+    settings = RunSettings.of(
+        {
+            "model": model,
+            "text": text,
+            "packing": packing,
+            "length": length,
+            "batch": batch,
+            "steps": steps,
+            "dtype": dtype,
+            "scales": scales,
+            "optimizer": {"learning_rate": learning_rate, "end": end},
+            "losses": _qad_losses(cross_entropy),
+            "calibration": {"text": calib, "length": length},
+            "evaluation": measured,
+        }
+    )
+    result = qad.bench_qad(
+        settings,
+        format or qad.RECIPES,
+        seed or qad.SEEDS,
+        qat_learning_rate=qat_learning_rate,
+        limit=limit,
+        out=json,
+        say=report.say,
+        progress=report.progress,
+    )
+    report.out.print(qad_table(result["rows"]))
+
+
+def _qad_losses(cross_entropy: float) -> list[dict[str, Any]]:
+    """The divergence, and next tokens if they have a weight."""
+    more = [{"kind": "cross_entropy", "weight": cross_entropy}] if cross_entropy else []
+    return [{"kind": "forward_kl"}, *more]
