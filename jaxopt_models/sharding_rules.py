@@ -76,6 +76,11 @@ def rows_spec(mesh: Mesh) -> P:
     return P(tuple(axis for axis in BATCH if axis in mesh.shape))
 
 
+def batch_spec(rows: P, parts: int) -> P:
+    """Of a batch [B, ...], that of its rows; of one in several parts, [parts, B, ...]."""
+    return rows if parts == 1 else P(None, *rows)
+
+
 def splits_rows_alone(mesh: Mesh) -> bool:
     """Whether each device of a mesh has whole weights, and nothing but its rows is its own."""
     return all(size == 1 for axis, size in mesh.shape.items() if axis != "data")

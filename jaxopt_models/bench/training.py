@@ -39,6 +39,7 @@ from jaxopt_models.formats import resolve
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import Remat, init
 from jaxopt_models.sharding import make_mesh, shard
+from jaxopt_models.sharding_rules import batch_spec, rows_spec
 from jaxopt_models.train import flops
 from jaxopt_models.train.leaves import computed
 from jaxopt_models.train.objectives import QAD, QAT, next_token_loss
@@ -173,7 +174,7 @@ def _timed(setting: Setting, mode: str, gpus: int) -> _Timed:
     batch = {"tokens": _tokens(setting, gpus, mesh)}
     loss = next_token_loss(config, QAD if taught else QAT, remat=setting.remat)
     prepare = partial(computed, dtype=config.dtype)
-    rows = None if mesh is None else NamedSharding(mesh, jax.P("data"))
+    rows = None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
     options = {"parts": setting.parts, "max_norm": 1.0, "prepare": prepare, "rows": rows}
     step = make_train_step(loss, optimizer, **options)
     begun = time.perf_counter()
@@ -228,7 +229,7 @@ def _tokens(setting: Setting, gpus: int, mesh: Any) -> jax.Array:
     tokens = tokens if setting.parts > 1 else tokens[0]
     if mesh is None:
         return jnp.asarray(tokens)
-    spec = jax.P(None, "data") if setting.parts > 1 else jax.P("data")
+    spec = batch_spec(rows_spec(mesh), setting.parts)
     return jax.device_put(tokens, NamedSharding(mesh, spec))
 
 

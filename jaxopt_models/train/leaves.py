@@ -67,6 +67,15 @@ def fake_quantized(
     return fakes
 
 
+def cast(params: Any, dtype: Any) -> Any:
+    """Parameters with plain arrays in a dtype; other leaves, and those of a cache, as they are."""
+
+    def leaf(path: str, one: Any) -> Any:
+        return one if tree.is_leaf(one) or in_kv_cache(path) else one.astype(dtype)
+
+    return tree.map_with_path(leaf, params)
+
+
 def computed(params: Any, dtype: Any) -> Any:
     """Parameters as the forward pass reads them, worked out once for all that reads them.
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from jaxopt_models import tree
 from jaxopt_models.distill.hidden import HiddenLoss, summed_hidden_losses
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.distill.losses import TopK
@@ -22,6 +21,7 @@ from jaxopt_models.models.transformer import (
     output_head,
     positions_of,
 )
+from jaxopt_models.train.leaves import cast
 from jaxopt_models.train.step import Loss, Sums
 
 Schedule = Callable[[Any], Any]
@@ -170,11 +170,7 @@ def _run(
         config, params, tokens, layers, starts, remat, sharding
     )
     # Once, since each piece of the logits reads it.
-    head = tree.map_with_path(
-        lambda _, leaf: leaf if tree.is_leaf(leaf) else leaf.astype(config.dtype),
-        output_head(params),
-    )
-    return Predictor(head, hidden, config), behind
+    return Predictor(cast(output_head(params), config.dtype), hidden, config), behind
 
 
 def _name(loss: LogitLoss | HiddenLoss) -> str:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from jaxopt_models import data
 from jaxopt_models.distill import teacher_cache
@@ -18,10 +17,10 @@ from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress
 from jaxopt_models.sharding import shard
-from jaxopt_models.sharding_rules import BATCH, TRAINING_RULES
+from jaxopt_models.sharding_rules import TRAINING_RULES, batch_spec, rows_spec
+from jaxopt_models.train.leaves import cast
 from jaxopt_models.train.objectives import Term, logit_losses
 from jaxopt_models.train.settings import RunSettings
-from jaxopt_models.train.student import computing
 
 
 def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
@@ -33,6 +32,11 @@ def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
         )
     text = data.load_text(settings.text, "calibration")
     return {"tokens": data.pack([data.tokenize(tokenizer, text)], settings.length)}
+
+
+def sharded(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters on the devices that train, by the rules of training; None leaves them."""
+    return params if mesh is None else shard(params, mesh, TRAINING_RULES)
 
 
 def cached_teacher(
@@ -50,12 +54,11 @@ def cached_teacher(
     made_of = teacher_cache.signature(teacher, rows, temperature, settings.dtype)
     if not Path(chosen.directory).expanduser().exists():
         config = replace(teacher.config, dtype=settings.dtype)
-        params = computing(teacher, settings)
-        placed = params if mesh is None else shard(params, mesh, TRAINING_RULES)
+        params = sharded(cast(teacher.params, settings.dtype), mesh)
         teacher_cache.write(
             chosen.directory,
             made_of,
-            replace(teacher, config=config, params=placed),
+            replace(teacher, config=config, params=params),
             rows,
             chosen.top_k,
             batch_size=settings.batch // settings.parts,
@@ -70,12 +73,11 @@ def training_batches(
 ) -> Callable[[int], Any]:
     """Number of a step -> its batch, on the devices."""
     stream = data.PackedBatches(rows, settings.batch, settings.seed)
-    spec = P(BATCH) if settings.parts == 1 else P(None, BATCH)
 
     def taken(own: np.ndarray, numbers: np.ndarray) -> jax.Array:
         if mesh is None:
             return jnp.asarray(own[numbers])
-        return data.global_batch(own, numbers, mesh, spec)
+        return data.global_batch(own, numbers, mesh, batch_spec(rows_spec(mesh), settings.parts))
 
     def batch(step: int) -> Any:
         numbers = stream.numbers(step)

@@ -37,17 +37,17 @@ from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
-from jaxopt_models.sharding import make_mesh, place, shard
-from jaxopt_models.sharding_rules import AXES, BATCH, TRAINING_RULES, splits_rows_alone
+from jaxopt_models.sharding import make_mesh, place
+from jaxopt_models.sharding_rules import AXES, BATCH, rows_spec, splits_rows_alone
 from jaxopt_models.train import flops
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import computed
+from jaxopt_models.train.leaves import cast, computed
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
-from jaxopt_models.train.rows import cached_teacher, training_batches, training_rows
+from jaxopt_models.train.rows import cached_teacher, sharded, training_batches, training_rows
 from jaxopt_models.train.settings import RunSettings, Technique
 from jaxopt_models.train.step import TrainState, make_train_step, start
-from jaxopt_models.train.student import computing, finished, student_of
+from jaxopt_models.train.student import finished, student_of
 from jaxopt_models.train.tensorboard import board, summary_writer
 
 
@@ -102,9 +102,7 @@ def train(
     if settings.teacher_cache is not None:
         rows |= {"teacher": cached_teacher(teacher, rows, terms, settings, mesh, progress)}
     student = student_of(technique, settings, teacher, progress)
-    if mesh is not None:
-        teacher = replace(teacher, params=shard(teacher.params, mesh, TRAINING_RULES))
-        student = replace(student, params=shard(student.params, mesh, TRAINING_RULES))
+    teacher, student = (replace(m, params=sharded(m.params, mesh)) for m in (teacher, student))
     state, context = first_state(settings, student), context_of(settings, terms, teacher)
     places = None if mesh is None else jax.tree.map(lambda array: array.sharding, state)
     step = make_step(settings, terms, teacher.config, student.config, mesh, places)
@@ -177,7 +175,7 @@ def make_step(
     On a mesh it needs to know where the arrays of the state lie, and stay.
     """
     config, taught = (replace(one, dtype=settings.dtype) for one in (student, teacher))
-    rows = None if mesh is None else NamedSharding(mesh, P(BATCH))
+    rows = None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
     alone = mesh is not None and splits_rows_alone(mesh)
     loss = next_token_loss(config, terms, taught, settings.remat, None if alone else rows)
     return make_train_step(
@@ -201,14 +199,14 @@ def first_state(settings: RunSettings, student: Model) -> TrainState:
 
 def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> Any:
     """What the step reads besides the batch: the teacher's parameters as they compute; None if no
-    loss needs them, as if what the teacher says comes with the batch."""
+    loss needs them, or what the teacher says comes with the batch."""
     cached = settings.teacher_cache is not None
     if not any(
         term.loss.needs_teacher and not (cached and isinstance(term.loss, LogitLoss))
         for term in terms
     ):
         return None
-    return computing(teacher, settings)
+    return cast(teacher.params, settings.dtype)
 
 
 def _least_seconds(
@@ -273,5 +271,5 @@ def measurement(
 def _shared(batch: np.ndarray, mesh: Mesh) -> jax.Array:
     """On the devices of a mesh: its rows among them, or all of it on each if they do not divide."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH)
-    spec = P(BATCH) if len(batch) % shares == 0 else P()
+    spec = rows_spec(mesh) if len(batch) % shares == 0 else P()
     return place(batch, NamedSharding(mesh, spec))

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.sharding import place
+from jaxopt_models.sharding_rules import batch_spec
 from jaxopt_models.train.trainable import combine, partition
 
 
@@ -158,31 +159,10 @@ def make_train_step(
       "count"; "gradient_norm", before it is scaled; "skipped", 1 if the step changed nothing.
     """
 
-    def of_batch(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
-        moved, whole, pull = _prepared(state, prepare)
-
-        def of_part(part: Any) -> tuple[Any, Sums]:
-            def total(moved: Any) -> tuple[jax.Array, Sums]:
-                sums = loss(whole(moved), context, part, state.step)
-                return sums.total, sums
-
-            gradient, sums = jax.grad(total, has_aux=True)(moved)
-            gradient = pull(gradient)
-            if shardings is not None and rows is None:
-                gradient = lax.with_sharding_constraint(gradient, shardings.trained)
-            return gradient, sums
-
-        if parts == 1:
-            return of_part(batch)
-
-        def one(carry: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, of_part(part)), None
-
-        shapes = jax.eval_shape(of_part, jax.tree.map(lambda array: array[0], batch))
-        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
-        return lax.scan(one, zeros, batch)[0]
-
-    summed = of_batch if rows is None else _by_device(of_batch, rows, parts)
+    places = None if shardings is None or rows is not None else shardings.trained
+    summed = _gradients(loss, prepare, parts, places)
+    if rows is not None:
+        summed = _by_device(summed, rows, parts)
 
     def step(state: TrainState, context: Any, batch: Any) -> Any:
         gradient, sums = summed(state, context, batch)
@@ -201,15 +181,49 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
+def _gradients(
+    loss: Loss, prepare: Callable[[Any], Any] | None, parts: int, places: Any
+) -> Callable[[TrainState, Any, Any], tuple[Any, Sums]]:
+    """(state, context, batch) -> (gradient of the total, sums), both over all parts.
+
+    Gradients lie where a tree of shardings, `places`, says, or where XLA puts them.
+    """
+
+    def of_batch(state: TrainState, context: Any, batch: Any) -> tuple[Any, Sums]:
+        moved, whole, pull = _prepared(state, prepare)
+
+        def of_part(part: Any) -> tuple[Any, Sums]:
+            def total(moved: Any) -> tuple[jax.Array, Sums]:
+                sums = loss(whole(moved), context, part, state.step)
+                return sums.total, sums
+
+            gradient, sums = jax.grad(total, has_aux=True)(moved)
+            gradient = pull(gradient)
+            if places is not None:
+                gradient = lax.with_sharding_constraint(gradient, places)
+            return gradient, sums
+
+        if parts == 1:
+            return of_part(batch)
+
+        def one(carry: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, of_part(part)), None
+
+        shapes = jax.eval_shape(of_part, jax.tree.map(lambda array: array[0], batch))
+        zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return lax.scan(one, zeros, batch)[0]
+
+    return of_batch
+
+
 def _by_device(of_batch: Callable[..., Any], rows: NamedSharding, parts: int) -> Callable[..., Any]:
     """What each device finds of its own rows, added up over devices at the end."""
-    own = rows.spec if parts == 1 else PartitionSpec(None, *rows.spec)
     whole = PartitionSpec()
 
     def of_all(*arguments: Any) -> Any:
         return lax.psum(of_batch(*arguments), rows.spec[0])
 
-    specs = (whole, whole, own)
+    specs = (whole, whole, batch_spec(rows.spec, parts))
     return jax.shard_map(of_all, mesh=rows.mesh, in_specs=specs, out_specs=whole, check_vma=False)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_models import data, tree
+from jaxopt_models import data
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.distill.hidden import HiddenLoss, with_projection, without_projection
 from jaxopt_models.errors import UserError
-from jaxopt_models.kv_quantizer import in_kv_cache
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.ptq import quantize
@@ -53,16 +52,6 @@ def finished(params: Any, like: Any, settings: RunSettings) -> Any:
     return combine(
         jax.tree.map(lambda x: x.astype(dtype) if x.dtype == jnp.float32 else x, floats), others
     )
-
-
-def computing(model: Model, settings: RunSettings) -> Any:
-    """A model's parameters as they compute: plain arrays in the dtype of computation."""
-    dtype = jnp.dtype(settings.dtype)
-
-    def cast(path: str, leaf: Any) -> Any:
-        return leaf if tree.is_leaf(leaf) or in_kv_cache(path) else leaf.astype(dtype)
-
-    return tree.map_with_path(cast, model.params)
 
 
 def _adapted(chosen: Adapters, params: Any, seed: int = 0) -> Any:
