@@ -1,5 +1,6 @@
 """Commands of `jaxopt-models bench` about training: how fast it is, and what it brings back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -7,6 +8,7 @@ import typer
 
 from jaxopt_models import report
 from jaxopt_models.cli_options import JsonOption, LengthOption
+from jaxopt_models.errors import UserError
 
 
 def bench_training(
@@ -81,6 +83,17 @@ def bench_qad(
     cross_entropy: Annotated[
         float, typer.Option(min=0, help="Weight of next tokens in QAD, beside the divergence's 1.")
     ] = 0.0,
+    hidden: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of the residual streams' squared distance, likewise."),
+    ] = 0.0,
+    begin: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FORMAT=PRESET: what training of a format begins with, if not with its own PTQ; "
+            "may be repeated."
+        ),
+    ] = None,
     scales: Annotated[
         Literal["dynamic", "static", "learned", "learned_untied"], typer.Option(help="Of weights.")
     ] = "dynamic",
@@ -119,7 +132,7 @@ def bench_qad(
             "dtype": dtype,
             "scales": scales,
             "optimizer": {"learning_rate": learning_rate, "end": end},
-            "losses": _qad_losses(cross_entropy),
+            "losses": _qad_losses(cross_entropy, hidden),
             "calibration": {"text": calib, "length": length},
             "evaluation": measured,
         }
@@ -128,6 +141,7 @@ def bench_qad(
         settings,
         format or qad.RECIPES,
         seed or qad.SEEDS,
+        begins=_begins(begin or ()),
         qat_learning_rate=qat_learning_rate,
         limit=limit,
         out=json,
@@ -137,7 +151,18 @@ def bench_qad(
     report.out.print(qad_table(result["rows"]))
 
 
-def _qad_losses(cross_entropy: float) -> list[dict[str, Any]]:
-    """The divergence, and next tokens if they have a weight."""
-    more = [{"kind": "cross_entropy", "weight": cross_entropy}] if cross_entropy else []
+def _qad_losses(cross_entropy: float, hidden: float) -> list[dict[str, Any]]:
+    """The divergence, and what else has a weight."""
+    weights = {"cross_entropy": cross_entropy, "hidden_mean_square": hidden}
+    more = [{"kind": kind, "weight": weight} for kind, weight in weights.items() if weight]
     return [{"kind": "forward_kl"}, *more]
+
+
+def _begins(pairs: Sequence[str]) -> dict[str, str]:
+    """From FORMAT=PRESET."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise UserError(
+                f"--begin {pair!r} is not of the form FORMAT=PRESET, as nvfp4=nvfp4_awq"
+            )
+    return {name: begin for name, _, begin in (pair.partition("=") for pair in pairs)}

@@ -65,11 +65,17 @@ class QadResults:
 def row_line(row: dict[str, Any]) -> str:
     """A row as a sentence, for those who watch."""
     return (
-        f"{row['format']}, seed {row['seed']}: KL {row['kl_ptq']:.4f} after PTQ, "
+        f"{_name(row)}, seed {row['seed']}: KL {row['kl_ptq']:.4f} after PTQ, "
         f"{row['kl_qat']:.4f} after QAT, {row['kl_qad']:.4f} after QAD of "
         f"{row['train_tokens']:,} tokens; QAD recovers {row['kl_recovered']:.0%} of KL and "
         f"{row['ppl_recovered']:.0%} of perplexity; {row['minutes']:.1f} min"
     )
+
+
+def _name(row: dict[str, Any]) -> str:
+    """The format, and what training began with if that is not the recipe itself."""
+    begin = row["begin"]
+    return row["format"] + ("" if begin == row["recipe"] else f" from {begin}")
 
 
 def qad_table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -84,7 +90,7 @@ def qad_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row["format"],
+            _name(row),
             str(row["seed"]),
             *(f"{row[f'ppl_{stage}']:.2f}" for stage in ("teacher", "ptq", "qat", "qad")),
             *(f"{row[f'kl_{stage}']:.4f}" for stage in ("ptq", "qat", "qad")),

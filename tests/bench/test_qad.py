@@ -105,12 +105,43 @@ def test_seeds_share_what_is_compiled(measured):
     assert measured[2] == 2  # QAT and QAD
 
 
+def test_training_may_begin_with_a_better_algorithm(folder, model):
+    begins = {RECIPE: "int4_gptq"}
+    own = settings(folder, scales="static")  # dynamic ones would not be those of the algorithm
+    result = bench_qad(own, [RECIPE], (0,), begins=begins)
+    (row,) = result["rows"]
+    assert (row["recipe"], row["begin"]) == (RECIPE, "int4_gptq")
+    assert result["protocol"]["begins"] == begins
+
+    def measured(recipe: str) -> float:
+        known = settings(folder).calibration
+        text = data.load_text(known.text, "calibration")
+        batches = data.token_batches(model, text, known.windows, known.length, 4)
+        quantized, _ = quantize(model, Recipe.load(recipe), batches)
+        text = data.load_text(str(folder / "eval.txt"))
+        batches = data.token_batches(model, text, 4, 16, 4)
+        return evaluate(model.config, quantized, batches, model.params).kl
+
+    assert row["kl_ptq"] == measured(RECIPE)
+    for mode in ("qat", "qad"):
+        assert row["runs"][mode]["curve"][0]["kl"] == measured("int4_gptq")
+    assert measured(RECIPE) != measured("int4_gptq")
+    assert row["kl_recovered"] == 1.0 - row["kl_qad"] / row["kl_ptq"]
+
+
+def test_training_begins_with_the_same_format(folder):
+    with pytest.raises(UserError, match=r"'int4' \(int4-g128\) cannot begin with 'nvfp4_awq'"):
+        bench_qad(settings(folder), [RECIPE], begins={RECIPE: "nvfp4_awq"})
+
+
 def test_shares_of_what_was_lost():
-    ends = [{"perplexity": 50.0, "kl": 0.5}, {"perplexity": 32.0, "kl": 0.1}]
-    found = figures(30.0, {"qad": {"curve": ends}, "qat": {"curve": [ends[0], ends[0]]}})
+    ends = [{"perplexity": 40.0, "kl": 0.3}, {"perplexity": 32.0, "kl": 0.1}]
+    runs: dict[Any, Any] = {"qad": {"curve": ends}, "qat": {"curve": [ends[0], ends[0]]}}
+    found = figures(30.0, {"perplexity": 50.0, "kl": 0.5}, runs)
     assert found["kl_recovered"] == pytest.approx(0.8)
     assert found["ppl_recovered"] == pytest.approx(0.9)
-    assert (found["ppl_qat"], found["kl_qat"]) == (50.0, 0.5)
+    assert (found["ppl_qat"], found["kl_qat"]) == (40.0, 0.3)
+    assert (found["ppl_ptq"], found["kl_ptq"]) == (50.0, 0.5)
 
 
 @pytest.fixture
@@ -163,7 +194,7 @@ def test_other_files_are_refused(folder):
 def test_the_command(untrained, monkeypatch, capsys):
     text, evaluation = (str(untrained / name) for name in ("train.txt", "eval.txt"))
     command = ["bench", "qad", "--text", text, "--evaluation", evaluation, "--format", RECIPE]
-    sizes = ["--length", "16", "--batch", "4", "--windows", "4", "--seed", "3"]
+    sizes = ["--length", "16", "--batch", "4", "--windows", "4", "--seed", "3", "--hidden", "2"]
     monkeypatch.setattr(sys, "argv", ["jaxopt-models", *command, *sizes])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -172,3 +203,7 @@ def test_the_command(untrained, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2 and "optimizer.learning_rate" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["jaxopt-models", *command, "--begin", "int4_gptq"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2 and "FORMAT=PRESET" in capsys.readouterr().err
