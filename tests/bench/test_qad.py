@@ -113,7 +113,7 @@ def test_training_may_begin_with_a_better_algorithm(folder, model):
     assert (row["recipe"], row["begin"]) == (RECIPE, "int4_gptq")
     assert result["protocol"]["begins"] == begins
 
-    def measured(recipe: str) -> float:
+    def measured(recipe: str) -> float | None:
         known = settings(folder).calibration
         text = data.load_text(known.text, "calibration")
         batches = data.token_batches(model, text, known.windows, known.length, 4)
