@@ -38,6 +38,7 @@ from jaxopt_models.distributed import initialize_distributed
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json, write_text
 from jaxopt_models.progress import silent
+from jaxopt_models.speculative import Drafter, DraftModel, NGram
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
@@ -249,12 +250,21 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations; else the checkpoint's. Kernels: bfloat16.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="What guesses ahead: ngram, or a smaller model of the same vocabulary."),
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a guess; else 8 of ngram, 4 of a model.")
+    ] = None,
 ) -> None:
     """Continue a prompt."""
     import jax
 
     from jaxopt_models.inference import for_device
 
+    if draft is None and draft_tokens is not None:
+        raise UserError("--draft-tokens is of a guess; name what guesses with --draft")
     loaded = _load(model, dtype=dtype)
     tokenizer = data.tokenizer_of(loaded)
     if chat:
@@ -274,8 +284,12 @@ def generate(
             top_p=top_p,
             top_k=top_k,
             key=jax.random.key(seed),
+            draft=None if draft is None else _drafter(draft, draft_tokens, dtype),
         )
     print(tokenizer.decode(result.tokens[0], skip_special_tokens=True))
+    if result.acceptance_length is not None:
+        per_pass = f"{result.acceptance_length[0]:.2f} tokens a pass of the model"
+        report.err.print(per_pass, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -300,6 +314,16 @@ def demo(
     figures = run_demo(out)
     if json:
         write_json(json, figures)
+
+
+def _drafter(name: str, count: int | None, dtype: str | None) -> Drafter:
+    from jaxopt_models.inference import for_device
+
+    counts = {} if count is None else {"count": count}
+    if name == "ngram":
+        return NGram(**counts)
+    loaded = jom.load(name, dtype=dtype)
+    return DraftModel(loaded.config, for_device(loaded.config, loaded.params), **counts)
 
 
 def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:

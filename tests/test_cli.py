@@ -85,6 +85,10 @@ def test_quantize_eval_generate_export(run, model_dir, text, tmp_path):
 
     code, printed, _ = run("generate", out, "--prompt", "All that", "--max-new-tokens", 5)
     assert code == 0 and printed.endswith("\n")
+    for draft in (["ngram"], [model_dir, "--draft-tokens", 2]):
+        more = "--max-new-tokens", 5, "--draft", *draft
+        code, same, said = run("generate", out, "--prompt", "All that", *more)
+        assert code == 0 and same == printed and "tokens a pass of the model" in said
 
     code, _, _ = run("export", out, "--layout", "bf16", "--out", tmp_path / "hf")
     exported = load(tmp_path / "hf").params["layers"][0]["mlp"]["up_proj"]["weight"]
@@ -188,6 +192,8 @@ def test_other_mistakes_are_one_line(run, model_dir, text, tmp_path):
     _assert_refused(run("generate", model_dir, "--prompt", ""), "no tokens")
     _assert_refused(run("generate", model_dir, "--prompt", "a", "--top-p", "0"), "top_p")
     _assert_refused(run("generate", model_dir, "--prompt", "a", "--chat"), "chat template")
+    few = "--draft-tokens", 2
+    _assert_refused(run("generate", model_dir, "--prompt", "a", *few), "with --draft")
     gone = tmp_path / "no" / "figures.json"
     _assert_refused(run("eval", model_dir, "--text", text, *SIZES, "--json", gone), str(gone))
     _assert_refused(run("dance"), "dance")

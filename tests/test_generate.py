@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from jaxopt_models import tree
+from jaxopt_models.decoding import DecodeState, decode_loop, start
 from jaxopt_models.errors import UserError
-from jaxopt_models.generate import DecodeState, decode_loop, generate, start
+from jaxopt_models.generate import generate
 from jaxopt_models.models.cache import cache_bytes, empty_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model

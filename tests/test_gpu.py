@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxopt_models import fake_quant, generate, init, quantize_array
+from jaxopt_models.decoding import decode_loop, start
 from jaxopt_models.formats import FORMATS, resolve
-from jaxopt_models.generate import decode_loop, start
 from jaxopt_models.inference import prepare
 from jaxopt_models.models.cache import cache_bytes
 from jaxopt_models.models.config import ModelConfig

@@ -19,10 +19,10 @@ from jaxopt_models import tree
 from jaxopt_models.bench.bandwidth import read_bandwidth, seconds_per_turn
 from jaxopt_models.bench.quality_results import device, device_file, today
 from jaxopt_models.checkpoint.native import package_version
+from jaxopt_models.decoding import DecodeState, decode_loop
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.formats import resolve
-from jaxopt_models.generate import DecodeState, decode_loop
 from jaxopt_models.inference import prepare
 from jaxopt_models.kv_quantizer import KVQuantizer, RowQuantizer, with_kv_cache
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache

@@ -15,8 +15,9 @@ from jaxopt_models import kv_quantizer as kv
 from jaxopt_models import numerics
 from jaxopt_models.checkpoint import native
 from jaxopt_models.checkpoint.export import export_hf
+from jaxopt_models.decoding import DecodeState, decode_loop
 from jaxopt_models.errors import UserError
-from jaxopt_models.generate import DecodeState, decode_loop, generate
+from jaxopt_models.generate import generate
 from jaxopt_models.kv_quantizer import KVQuantizer, with_kv_cache
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
 from jaxopt_models.models.config import ModelConfig
