@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxopt_models import report
+from jaxopt_models.cli_bench_speculative import bench_speculative
 from jaxopt_models.cli_bench_training import bench_qad, bench_training
 from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
 from jaxopt_models.errors import UserError
@@ -14,6 +15,7 @@ from jaxopt_models.files import write_json
 bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limit.")
 bench.command("training")(bench_training)
 bench.command("qad")(bench_qad)
+bench.command("speculative")(bench_speculative)
 
 
 @bench.command("evaluation")

@@ -119,8 +119,9 @@ def read_prompts(source: str) -> list[Messages]:
     """Conversations to be answered, each up to its last message of a user.
 
     Args:
-      source: a .txt with a prompt a line; else a file of {"prompt": …} or {"messages": …}, or a
-        dataset with messages, as `documents.read_documents` takes.
+      source: a .txt with a prompt a line; else a file of {"prompt": …}, {"messages": …} or
+        {"turns": […]}, of which the first is taken, or a dataset with messages, as
+        `documents.read_documents` takes.
 
     Raises:
       UserError: it cannot be read, or a record is no prompt.
@@ -136,6 +137,9 @@ def _prompt(source: str, number: int, record: Any) -> Messages:
     known = record if isinstance(record, dict) else {}
     if isinstance(known.get("prompt"), str):
         return [{"role": "user", "content": known["prompt"]}]
+    turns = known.get("turns")
+    if isinstance(turns, list) and turns and isinstance(turns[0], str):
+        return [{"role": "user", "content": turns[0]}]
     messages = known.get("messages")
     found = messages if isinstance(messages, list) else []
     roles = [one.get("role") if isinstance(one, dict) else None for one in found]

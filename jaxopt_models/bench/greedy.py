@@ -135,45 +135,44 @@ def compare(
     options: dict[str, Any] = {"max_new_tokens": new_tokens, "eos_token_ids": ()}
     reference = generate(config, params, prompts, **options).tokens
     kernels = generate(config, prepare(params), prompts, **options).tokens
-    differing = []
-    for row, (expected, found) in enumerate(zip(reference, kernels, strict=True)):
-        apart = np.flatnonzero(np.asarray(expected) != np.asarray(found))
-        if len(apart):
-            position = int(apart[0])
-            differing.append((row, position, expected[position], found[position]))
-    if not differing:
-        return []
-    whole = [[*prompt, *tokens] for prompt, tokens in zip(prompts, reference, strict=True)]
-    return _differences(config, params, whole, new_tokens, differing)
+    return differences(config, params, prompts, reference, kernels)
 
 
-def _differences(
+def differences(
     config: ModelConfig,
     params: Any,
-    whole: Sequence[Sequence[int]],
-    new_tokens: int,
-    differing: Sequence[tuple[int, int, int, int]],
+    prompts: Sequence[Sequence[int]],
+    reference: Sequence[Sequence[int]],
+    others: Sequence[Sequence[int]],
 ) -> list[Difference]:
-    """Each (row, position, expected, found) with its margin and noise.
+    """Where greedy tokens first differ, of the rows that do.
 
     Args:
-      whole: the reference's ids of each row, of which the last `new_tokens` are new.
+      config, params: of the reference.
+      prompts: token ids of each row.
+      reference, others: new ids of each row.
     """
+    first = []
+    for row, (expected, found) in enumerate(zip(reference, others, strict=True)):
+        pairs = enumerate(zip(expected, found, strict=False))
+        first += [(row, at, *pair) for at, pair in pairs if pair[0] != pair[1]][:1]
+    if not first:
+        return []
+    whole = [[*prompt, *tokens] for prompt, tokens in zip(prompts, reference, strict=True)]
     longest = max(map(len, whole))
     tokens = jnp.asarray([[*ids, *[0] * (longest - len(ids))] for ids in whole], jnp.int32)
-    rows = np.array([row for row, *_ in differing])
-    before = np.array([len(whole[row]) - new_tokens + at - 1 for row, at, *_ in differing])
+    rows = np.array([row for row, *_ in first])
+    before = np.array([len(prompts[row]) + at - 1 for row, at, *_ in first])
     rounded, exact = (
         np.asarray(_logits(replace(config, dtype=dtype), params, tokens, rows, before))
         for dtype in ("bfloat16", "float32")
     )
     noise = np.std(rounded - exact, axis=1)
-    found = []
-    for pair, logits, deviation in zip(differing, rounded, noise, strict=True):
-        row, position, expected, other = pair
-        margin = float(logits[expected] - logits[other])
-        found.append(Difference(row, position, expected, other, margin, float(deviation)))
-    return found
+    listed = []
+    for (row, at, expected, found), logits, deviation in zip(first, rounded, noise, strict=True):
+        margin = float(logits[expected] - logits[found])
+        listed.append(Difference(row, at, expected, found, margin, float(deviation)))
+    return listed
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,0 +1,72 @@
+"""`jaxopt-models bench speculative`: what guesses are worth on one's own prompts."""
+
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxopt_models import report
+from jaxopt_models.cli_options import ModelArg
+
+
+def bench_speculative(
+    model: ModelArg,
+    prompts: Annotated[
+        str, typer.Option(help="A .txt with one a line, or .jsonl, .json, .parquet or hf:.")
+    ],
+    draft: Annotated[
+        list[str] | None,
+        typer.Option(help="ngram, or a smaller model; may be repeated; else ngram."),
+    ] = None,
+    draft_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of a guess; may be repeated; else 4 and 8.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompts at a time; may be repeated; else 1.")
+    ] = None,
+    temperature: Annotated[
+        list[float] | None, typer.Option(min=0, help="May be repeated; else 0, which is greedy.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt at most.")] = 128,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="First prompts that are taken; else all.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations; else the checkpoint's. Kernels: bfloat16.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for speculative_<device>.json.")
+    ] = None,
+) -> None:
+    """Time guessing beside plain generation on prompts of yours, and say what to choose.
+
+    Prompts are put into the chat template, if the model has one.
+    """
+    import jaxopt_models as jom
+    from jaxopt_models.bench import speculative
+    from jaxopt_models.inference import for_device
+    from jaxopt_models.speculative import Drafter, DraftModel, NGram
+
+    loaded = jom.load(model, dtype=dtype)
+    ids = speculative.prompt_ids(loaded, prompts)[:count]
+    drafters: dict[str, Drafter] = {}
+    for name in draft or ["ngram"]:
+        small = None if name == "ngram" else jom.load(name, dtype=dtype)
+        params = small and for_device(small.config, small.params)
+        for tokens in draft_tokens or (4, 8):
+            drafter = NGram(tokens) if small is None else DraftModel(small.config, params, tokens)
+            drafters[f"{name}, K = {tokens}"] = drafter
+    settings = [
+        speculative.Setting(size, warmth, new_tokens)
+        for size, warmth in product(batch or [1], temperature or [0.0])
+    ]
+    speculative.bench_speculative(
+        loaded.config,
+        for_device(loaded.config, loaded.params),
+        ids,
+        drafters,
+        settings,
+        out=out,
+        say=report.say,
+    )
