@@ -49,8 +49,7 @@ def generate(
     """Continues prompts.
 
     With a `draft` tokens are guessed first, and the model is run once for several of them
-    (speculative decoding). The tokens are the same, at any temperature; see
-    `speculative.loop.speculate`.
+    (speculative decoding). The tokens are the same, at any temperature; see `speculative.loop`.
 
     Args:
       config, params: the model; leaves may be of any kind.
