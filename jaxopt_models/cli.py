@@ -6,6 +6,7 @@ error and exit code 2; whatever else goes wrong is a defect and shows its traceb
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,27 +23,24 @@ from jaxopt_models.cli_bench import bench
 from jaxopt_models.cli_corpus import corpus
 from jaxopt_models.cli_options import (
     BatchOption,
-    CoordinatorOption,
-    DevicesOption,
-    DistributedOption,
+    DtypeOption,
     JsonOption,
     LengthOption,
     ModelArg,
     OutOption,
-    ProcessesOption,
-    ProcessOption,
     SetOption,
 )
+from jaxopt_models.cli_train import train
 from jaxopt_models.demo import run_demo
-from jaxopt_models.distributed import initialize_distributed
+from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json, write_text
-from jaxopt_models.progress import silent
-from jaxopt_models.speculative import Drafter, DraftModel, NGram
+from jaxopt_models.speculative.named import load_drafter
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.command()(corpus)
+app.command()(train)
 
 
 @app.callback(invoke_without_command=True)
@@ -199,45 +197,6 @@ def evaluate(
 
 
 @app.command()
-def train(
-    technique: Annotated[
-        Literal["qat", "qad", "distill"], typer.Argument(help="What is learnt from.")
-    ],
-    config: Annotated[Path, typer.Option(help="YAML file of the run; see configs/runs.")],
-    out: OutOption,
-    overrides: SetOption = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run of the same settings stopped.")
-    ] = False,
-    distributed: DistributedOption = False,
-    coordinator: CoordinatorOption = None,
-    processes: ProcessesOption = None,
-    process: ProcessOption = None,
-    devices: DevicesOption = None,
-) -> None:
-    """Train a model under quantization, or a student for what a model says."""
-    import jax
-
-    from jaxopt_models.train import run
-    from jaxopt_models.train.settings import RunSettings
-
-    settings = RunSettings.load(config, tuple(overrides or ()))
-    if distributed or any(x is not None for x in (coordinator, processes, process, devices)):
-        initialize_distributed(coordinator, processes, process, _device_ids(devices))
-    first = jax.process_index() == 0
-    progress = report.progress if first else silent
-    result = run.train(technique, settings, out, resume=resume, progress=progress)
-    if not first:
-        return
-    last = result.log[-1]
-    report.out.print(
-        f"{settings.steps} steps: perplexity {last['perplexity']:.4f}, KL {last['kl']:.4f} to "
-        f"{settings.model} -> {out / 'model'}",
-        soft_wrap=True,
-    )
-
-
-@app.command()
 def generate(
     model: ModelArg,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
@@ -247,9 +206,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Most likely tokens kept; 0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of activations; else the checkpoint's. Kernels: bfloat16.")
-    ] = None,
+    dtype: DtypeOption = None,
     draft: Annotated[
         str | None,
         typer.Option(help="What guesses ahead: ngram, or a smaller model of the same vocabulary."),
@@ -271,9 +228,14 @@ def generate(
         if not tokenizer.chat_template:
             raise UserError(f"{model} has no chat template; leave out --chat")
         turn = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+        ids = templated(tokenizer, turn, add_generation_prompt=True).tolist()
     else:
         ids = tokenizer.encode(prompt)
+    drafter = None
+    if draft is not None:
+        with report.working(f"loading {draft}"):
+            drafter = load_drafter(draft, dtype)
+        drafter = drafter if draft_tokens is None else replace(drafter, count=draft_tokens)
     with report.working("generating"):
         result = jom.generate(
             loaded.config,
@@ -284,7 +246,7 @@ def generate(
             top_p=top_p,
             top_k=top_k,
             key=jax.random.key(seed),
-            draft=None if draft is None else _drafter(draft, draft_tokens, dtype),
+            draft=drafter,
         )
     print(tokenizer.decode(result.tokens[0], skip_special_tokens=True))
     if result.acceptance_length is not None:
@@ -316,26 +278,9 @@ def demo(
         write_json(json, figures)
 
 
-def _drafter(name: str, count: int | None, dtype: str | None) -> Drafter:
-    from jaxopt_models.inference import for_device
-
-    counts = {} if count is None else {"count": count}
-    if name == "ngram":
-        return NGram(**counts)
-    loaded = jom.load(name, dtype=dtype)
-    return DraftModel(loaded.config, for_device(loaded.config, loaded.params), **counts)
-
-
 def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:
     with report.working(f"loading {name}"):
         return jom.load(name, host=host, dtype=dtype)
-
-
-def _device_ids(devices: str | None) -> list[int] | None:
-    try:
-        return None if devices is None else [int(number) for number in devices.split(",")]
-    except ValueError:
-        raise UserError(f"--devices {devices!r} is no list of numbers such as 0,1") from None
 
 
 def _batches(

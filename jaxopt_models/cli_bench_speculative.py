@@ -1,5 +1,6 @@
 """`jaxopt-models bench speculative`: what guesses are worth on one's own prompts."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -7,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jaxopt_models import report
-from jaxopt_models.cli_options import ModelArg
+from jaxopt_models.cli_options import DtypeOption, ModelArg
 
 
 def bench_speculative(
@@ -32,9 +33,7 @@ def bench_speculative(
     count: Annotated[
         int | None, typer.Option(min=1, help="First prompts that are taken; else all.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of activations; else the checkpoint's. Kernels: bfloat16.")
-    ] = None,
+    dtype: DtypeOption = None,
     out: Annotated[
         Path | None, typer.Option(help=".json file, or directory for speculative_<device>.json.")
     ] = None,
@@ -46,17 +45,16 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import Drafter, DraftModel, NGram
+    from jaxopt_models.speculative.named import load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
-    drafters: dict[str, Drafter] = {}
-    for name in draft or ["ngram"]:
-        small = None if name == "ngram" else jom.load(name, dtype=dtype)
-        params = small and for_device(small.config, small.params)
-        for tokens in draft_tokens or (4, 8):
-            drafter = NGram(tokens) if small is None else DraftModel(small.config, params, tokens)
-            drafters[f"{name}, K = {tokens}"] = drafter
+    loading = ((name, load_drafter(name, dtype)) for name in draft or ["ngram"])
+    drafters = {
+        f"{name}, K = {tokens}": replace(drafter, count=tokens)
+        for name, drafter in loading
+        for tokens in draft_tokens or (4, 8)
+    }
     settings = [
         speculative.Setting(size, warmth, new_tokens)
         for size, warmth in product(batch or [1], temperature or [0.0])

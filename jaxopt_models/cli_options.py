@@ -31,5 +31,9 @@ ProcessOption = Annotated[
 DevicesOption = Annotated[
     str | None, typer.Option("--devices", help="This process's devices of its host, e.g. 0,1.")
 ]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of activations; else the checkpoint's. Kernels: bfloat16."),
+]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]

@@ -53,8 +53,7 @@ def start(
     """Runs the prompts and chooses each row's first token."""
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     width = prompt_room(prompts, max_prompt_tokens)
-    longest = max(int(lengths.max()), max_prompt_tokens)
-    capacity = _round_up(longest + max_new_tokens)
+    capacity = _round_up(_longest(prompts, max_prompt_tokens) + max_new_tokens)
     buffer = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(buffer, prompts, strict=True):
         row[: len(prompt)] = prompt
@@ -124,7 +123,17 @@ def commit(
 
 def prompt_room(prompts: Sequence[Sequence[int]], max_prompt_tokens: int = 1) -> int:
     """Columns that prompts take in a batch, those that are left empty included."""
-    return _round_up(max(max_prompt_tokens, *map(len, prompts)))
+    return _round_up(_longest(prompts, max_prompt_tokens))
+
+
+def new_tokens(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """What was committed behind each prompt."""
+    tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
+    return [tokens[i, len(prompt) : ends[i]].tolist() for i, prompt in enumerate(prompts)]
+
+
+def _longest(prompts: Sequence[Sequence[int]], max_prompt_tokens: int) -> int:
+    return max(max_prompt_tokens, *map(len, prompts))
 
 
 def _round_up(length: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxopt_models import data, report
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
+from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics, evaluate, reference
 from jaxopt_models.generate import generate
@@ -106,7 +107,7 @@ def _print_table(rows: list[tuple[str, Metrics, float | None]]) -> None:
 def _print_sentence(model: Any, params: Any) -> None:
     turn = [{"role": "user", "content": _PROMPT}]
     tokenizer = model.tokenizer
-    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
+    ids = templated(tokenizer, turn, add_generation_prompt=True).tolist()
     with report.working("generating"):
         answer = generate(model.config, params, [ids], max_new_tokens=24).tokens[0]
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxopt_models.decoding import decode_loop, prompt_room, start
+from jaxopt_models.decoding import decode_loop, new_tokens, prompt_room, start
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import make_sampler
@@ -86,8 +86,7 @@ def generate(
         first = begin(state, drafter, prompt_room(prompts, max_prompt_tokens))
         found = speculate(config, params, first, drafter, sampler, stops)
         state, passes = found.decode, np.asarray(found.passes)
-    tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
-    new = [tokens[i, len(p) : ends[i]].tolist() for i, p in enumerate(prompts)]
+    new = new_tokens(state, prompts)
     if passes is None:
         return Generation(new)
     lengths = [

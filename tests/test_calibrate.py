@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import LLAMA, MIXTRAL, SIZES
 
 from jaxopt_models import tree
 from jaxopt_models.calibrate import Stream, calibrate, tap_of
@@ -20,24 +21,13 @@ from jaxopt_models.models.transformer import forward_with_taps, init
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.statistics import BINS, BINS_AN_OCTAVE, LOWEST, InputStatistics, Wanted
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-GROUPED_QUERY = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
+GROUPED_QUERY, MOE = LLAMA, MIXTRAL
 # Biases, and a head of keys for each of queries.
-DENSE = ModelConfig.from_hf({"model_type": "qwen2"} | _SIZES | {"num_key_value_heads": 2})
-MOE = ModelConfig.from_hf(
-    {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
-)
+DENSE = ModelConfig.from_hf({"model_type": "qwen2"} | SIZES | {"num_key_value_heads": 2})
 # Alternates sliding and full attention, scales embeddings, has norms behind each half of a layer.
 GEMMA = ModelConfig.from_hf(
     {"model_type": "gemma3_text", "sliding_window": 5, "sliding_window_pattern": 2, "head_dim": 16}
-    | _SIZES
+    | SIZES
 )
 CONFIGS = {"dense": DENSE, "grouped query": GROUPED_QUERY, "experts": MOE, "gemma": GEMMA}
 each_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -51,7 +41,7 @@ def params(config: ModelConfig) -> Any:
 
 
 def text(rows: int, length: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, _SIZES["vocab_size"], (rows, length))
+    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (rows, length))
 
 
 def linears(config: ModelConfig) -> list[str]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import LLAMA, MIXTRAL, PROMPTS, SIZES, SLIDING
 
 from jaxopt_models import tree
 from jaxopt_models.decoding import DecodeState, decode_loop, start
@@ -28,18 +29,9 @@ from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sampling import make_sampler
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-LLAMA = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
 MODELS = {
     "llama": LLAMA,
-    "sliding": ModelConfig.from_hf({"model_type": "mistral", "sliding_window": 6} | _SIZES),
+    "sliding": SLIDING,
     "gemma": ModelConfig.from_hf(
         {
             "model_type": "gemma3_text",
@@ -48,15 +40,11 @@ MODELS = {
             "head_dim": 16,
             "final_logit_softcapping": 5.0,
         }
-        | _SIZES
+        | SIZES
     ),
-    "mixtral": ModelConfig.from_hf(
-        {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
-    ),
+    "mixtral": MIXTRAL,
 }
 
-# One token; more than a window; more than the 64 positions that buffers grow by.
-PROMPTS = [[7], [int(t) for t in np.arange(11) * 5 % 64], [int(t) for t in np.arange(70) * 7 % 64]]
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
 MIXED: dict[str, Any] = {

@@ -19,7 +19,7 @@ from jaxopt_models.bench.peer import circumstances
 from jaxopt_models.bench.quality_results import device_file
 from jaxopt_models.corpus_requests import read_prompts
 from jaxopt_models.data import tokenizer_of
-from jaxopt_models.decoding import decode_loop, prompt_room, start
+from jaxopt_models.decoding import decode_loop, new_tokens, prompt_room, start
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -188,10 +188,13 @@ def _run(
     that what is compiled is not timed."""
     size = setting.batch
     room = max(map(len, prompts))
-    batches = [
-        _batch(config, params, prompts[at : at + size], at, room, drafter, setting)
-        for at in (0, *range(0, len(prompts), size))
-    ][1:]
+
+    def batch(first: int) -> _Run:
+        own = prompts[first : first + size]
+        return _batch(config, params, own, first, room, drafter, setting)
+
+    batch(0)
+    batches = [batch(first) for first in range(0, len(prompts), size)]
     tokens = [row for batch in batches for row in batch.tokens]
     passes, accepted, rounds = (
         np.concatenate([getattr(batch, name) for batch in batches])
@@ -209,8 +212,9 @@ def _batch(
     drafter: Drafter | None,
     setting: Setting,
 ) -> _Run:
-    ids = list(range(first, first + len(prompts)))
-    sampler = make_sampler(len(prompts), temperature=setting.temperature, request_ids=ids)
+    size = len(prompts)
+    ids = list(range(first, first + size))
+    sampler = make_sampler(size, temperature=setting.temperature, request_ids=ids)
     stops = tuple(config.eos_token_ids)
     begun = time.perf_counter()
     decode = start(config, params, prompts, setting.new_tokens, sampler, stops, room)
@@ -218,16 +222,12 @@ def _batch(
         decode = jax.block_until_ready(decode_loop(config, params, decode, sampler, stops))
         seconds = time.perf_counter() - begun
         passes = np.asarray(decode.length) - [len(prompt) + 1 for prompt in prompts]
-        accepted = np.zeros((len(prompts), 0), np.int32)
+        accepted = np.zeros((size, 0), np.int32)
     else:
         state = begin(decode, drafter, prompt_room(prompts, room))
         state = jax.block_until_ready(speculate(config, params, state, drafter, sampler, stops))
         seconds = time.perf_counter() - begun
-        decode, passes, accepted = (
-            state.decode,
-            np.asarray(state.passes),
-            np.asarray(state.accepted),
-        )
-    buffer, ends = np.asarray(decode.tokens), np.asarray(decode.length)
-    tokens = [buffer[i, len(p) : ends[i]].tolist() for i, p in enumerate(prompts)]
-    return _Run(tokens, passes, accepted, np.full(len(prompts), passes.max()), seconds)
+        decode = state.decode
+        passes, accepted = np.asarray(state.passes), np.asarray(state.accepted)
+    rounds = np.full(size, passes.max())
+    return _Run(new_tokens(decode, prompts), passes, accepted, rounds, seconds)

@@ -5,6 +5,7 @@ import textwrap
 import jax.numpy as jnp
 import pytest
 import yaml
+from small_models import LLAMA, MIXTRAL, SIZES
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -14,22 +15,11 @@ from jaxopt_models.models.transformer import abstract_params
 from jaxopt_models.qtensor import quantize_array
 from jaxopt_models.quantize.recipe import Recipe, presets
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-DENSE = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
-MOE = ModelConfig.from_hf(
-    {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
-)
+DENSE, MOE = LLAMA, MIXTRAL
 
 
 # Widths that the blocks and ranks of presets divide.
-_LARGE = _SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
+_LARGE = SIZES | {"hidden_size": 256, "intermediate_size": 512, "head_dim": 128}
 WEIGHTS = [name for name in presets() if Recipe.load(name).rules]
 OF_DENSE_MODELS = [name for name in WEIGHTS if name != "nvfp4_experts_only"]
 
@@ -370,7 +360,7 @@ def test_an_empty_skip_lets_routers_in_but_never_norms(moe):
 
 
 def test_biases_are_never_planned():
-    biased = ModelConfig.from_hf({"model_type": "qwen2"} | _SIZES)
+    biased = ModelConfig.from_hf({"model_type": "qwen2"} | SIZES)
     planned = recipe({"match": "*", "weight": "int8"}, skip=[]).plan(abstract_params(biased))
     assert planned and all(path.endswith("/weight") for path in planned)
 

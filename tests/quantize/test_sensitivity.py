@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_models import LLAMA, MIXTRAL, SIZES
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
@@ -22,18 +23,7 @@ from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.quantize.sensitivity import sensitivities
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-DENSE = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
-EXPERTS = ModelConfig.from_hf(
-    {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
-)
+DENSE, EXPERTS = LLAMA, MIXTRAL
 # Sandwich norms, a tied head, caps, sliding windows.
 GEMMA = ModelConfig.from_hf(
     {
@@ -42,7 +32,7 @@ GEMMA = ModelConfig.from_hf(
         "final_logit_softcapping": 2.0,
         "head_dim": 16,
     }
-    | _SIZES
+    | SIZES
 )
 MODELS = {"dense": DENSE, "experts": EXPERTS, "gemma": GEMMA}
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)

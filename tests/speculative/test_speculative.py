@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import struct
+from small_models import LLAMA, MIXTRAL, PROMPTS, SLIDING
 
 from jaxopt_models.decoding import DecodeState, start
 from jaxopt_models.errors import UserError
@@ -28,22 +29,6 @@ from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import DraftModel, NGram, begin, loop, speculate
 from jaxopt_models.speculative.ngram import copied
 
-_SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
-LLAMA = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
-SLIDING = ModelConfig.from_hf({"model_type": "mistral", "sliding_window": 6} | _SIZES)
-MIXTRAL = ModelConfig.from_hf(
-    {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | _SIZES
-)
-
-# Ragged: one token; more than the window; more than the 64 positions that buffers grow by.
-PROMPTS = [[7], [int(t) for t in np.arange(11) * 5 % 64], [int(t) for t in np.arange(70) * 7 % 64]]
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "warm": {"temperature": 0.7},
