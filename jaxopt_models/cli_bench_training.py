@@ -31,6 +31,9 @@ def bench_training(
         typer.Option(help="What is computed again for gradients."),
     ] = "products",
     steps: Annotated[int, typer.Option(min=1, help="That are timed.")] = 10,
+    scan_layers: Annotated[
+        bool, typer.Option(help="Run layers in a loop, or compile each.")
+    ] = True,
     limit: Annotated[
         float | None, typer.Option(min=0, help="Seconds after which nothing more is begun.")
     ] = None,
@@ -45,7 +48,7 @@ def bench_training(
     from jaxopt_models.bench import training
 
     training.bench_training(
-        training.Setting(model, batch, length, parts, remat, steps),
+        training.Setting(model, batch, length, parts, remat, steps, scan_layers),
         modes or training.MODES,
         gpus or (1,),
         limit=limit,

@@ -37,6 +37,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.formats import resolve
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.repeated import repeated
 from jaxopt_models.models.transformer import Remat, init
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.sharding_rules import batch_spec, rows_spec
@@ -61,6 +62,7 @@ class Setting:
       parts: of a step, whose gradients are accumulated.
       remat: see `transformer.Remat`.
       steps: that are timed.
+      scan_layers: whether layers run in a loop, or each is compiled; see `repeated`.
     """
 
     model: str = "llama-1b"
@@ -69,6 +71,7 @@ class Setting:
     parts: int = 4
     remat: Remat = "products"
     steps: int = 10
+    scan_layers: bool = True
 
     @property
     def config(self) -> ModelConfig:
@@ -138,7 +141,7 @@ def _measured(setting: Setting, mode: str, gpus: int) -> dict[str, Any]:
     found = _timed(setting, mode, gpus)
     tokens = gpus * setting.parts * setting.batch * setting.length
     least = flops.least_seconds(tokens * found.flops, jax.devices()[:gpus])
-    names = ("model", "batch", "length", "parts", "remat")
+    names = ("model", "batch", "length", "parts", "remat", "scan_layers")
     return {name: getattr(setting, name) for name in names} | {
         "mode": mode,
         "gpus": gpus,
@@ -174,6 +177,9 @@ def _timed(setting: Setting, mode: str, gpus: int) -> _Timed:
     batch = {"tokens": _tokens(setting, gpus, mesh)}
     loss = next_token_loss(config, QAD if taught else QAT, remat=setting.remat)
     prepare = partial(computed, dtype=config.dtype)
+    if setting.scan_layers:
+        loop = partial(repeated, kinds=config.attention_kinds)
+        prepare, teacher = partial(loop, prepare=prepare), teacher and loop(teacher)
     rows = None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
     options = {"parts": setting.parts, "max_norm": 1.0, "prepare": prepare, "rows": rows}
     step = make_train_step(loss, optimizer, **options)

@@ -1,8 +1,8 @@
 """The result file of the training bench, and how a row reads.
 
-A row is `{model, mode, gpus, batch, length, parts, remat, ms_per_step, tokens_per_s, mfu,
-over_bf16, over_student, teacher_flops, scaling, bytes, compile_s, date}`. What a step takes longer
-than in bf16, and a teacher's than the same without it, are shares of the shorter time, and
+A row is `{model, mode, gpus, batch, length, parts, remat, scan_layers, ms_per_step, tokens_per_s,
+mfu, over_bf16, over_student, teacher_flops, scaling, bytes, compile_s, date}`. What a step takes
+longer than in bf16, and a teacher's than the same without it, are shares of the shorter time, and
 `teacher_flops` is what the latter would be if only operations counted; `scaling` is tokens a second
 over those of one device. They are None without the other row, `mfu` where no peak rate is known.
 """
@@ -19,7 +19,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 
 _PACKAGES = ("jaxopt-models", "jax", "jaxlib")
-_SETTING = ("model", "batch", "length", "parts", "remat")
+_SETTING = ("model", "batch", "length", "parts", "remat", "scan_layers")
 _WITHOUT_TEACHER = {"distill": "bf16", "qad_nvfp4": "qat_nvfp4"}
 
 

@@ -36,6 +36,7 @@ from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
+from jaxopt_models.models.repeated import repeated
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.sharding import make_mesh, place
 from jaxopt_models.sharding_rules import AXES, BATCH, rows_spec, splits_rows_alone
@@ -183,10 +184,19 @@ def make_step(
         settings.optimizer.transformation(settings.steps),
         parts=settings.parts,
         max_norm=settings.max_norm,
-        prepare=partial(computed, dtype=config.dtype),
+        prepare=_looped(settings, config, partial(computed, dtype=config.dtype)),
         shardings=shardings,
         rows=rows if alone else None,
     )
+
+
+def _looped(
+    settings: RunSettings, config: ModelConfig, prepare: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """`prepare`, and layers that are alike in a loop, if they are to be."""
+    if not settings.scan_layers:
+        return prepare
+    return partial(repeated, kinds=config.attention_kinds, prepare=prepare)
 
 
 def first_state(settings: RunSettings, student: Model) -> TrainState:
@@ -206,7 +216,8 @@ def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> 
         for term in terms
     ):
         return None
-    return cast(teacher.params, settings.dtype)
+    prepare = partial(cast, dtype=settings.dtype)
+    return _looped(settings, teacher.config, prepare)(teacher.params)
 
 
 def _least_seconds(

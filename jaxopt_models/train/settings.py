@@ -67,6 +67,8 @@ class RunSettings(Strict):
         adapters alone; what it matches is trained besides them.
       dtype: of computation; what is trained is float32.
       remat: see `transformer.Remat`.
+      scan_layers: whether layers that are alike are compiled once and run in a loop, which takes a
+        copy of their weights, or each is compiled.
       mesh: sizes of the axes "data", "fsdp" and "model", see `sharding_rules`; those that are not
         named are 1. None at all is one device.
       log, save: every so many steps.
@@ -98,6 +100,7 @@ class RunSettings(Strict):
     freeze: Globs = ()
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Remat = "none"
+    scan_layers: StrictBool = True
     mesh: dict[Literal["data", "fsdp", "model"], StrictInt] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
     log: StrictInt = Field(default=10, ge=1)

@@ -5,7 +5,7 @@
 A step whose loss or gradient is not finite changes nothing and is counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import compress
 from operator import not_
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import lax
+from jax.extend.core import Var
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxopt_models import tree
@@ -147,8 +148,8 @@ def make_train_step(
       parts: gradients of so many parts are accumulated; the batch's arrays are then
         [parts, B, ...], else [B, ...].
       max_norm: of the gradient, over all arrays; None leaves it.
-      prepare: makes of parameters those that the loss reads, leaf by leaf, once for all parts and
-        for what is computed again; see `leaves.computed`. None gives it the parameters themselves.
+      prepare: makes of parameters those that the loss reads, once for all parts and for what is
+        computed again; see `leaves.computed`. None gives it the parameters themselves.
       shardings: a tree like the state, of its arrays and of gradients; None leaves them to XLA.
       rows: of a part of a batch, where every device holds all parameters: each then finds the
         gradient of its own rows, and they are added once a step, not in each part and in each piece
@@ -234,9 +235,9 @@ def _prepared(
     gradient to what is trained)."""
     if prepare is None:
         return state.trained, lambda moved: combine(moved, state.frozen), lambda gradient: gradient
-    known = [path for path, leaf in tree.leaves_with_paths(state.trained) if jax.tree.leaves(leaf)]
-    shapes = jax.eval_shape(prepare, state.params)
-    structure, moves = jax.tree.structure(shapes), list(_moving(shapes, frozenset(known)))
+    structure, moves = _moving(
+        lambda trained: prepare(combine(trained, state.frozen)), state.trained
+    )
 
     def apart(trained: Any) -> tuple[list[Any], list[Any]]:
         arrays = jax.tree.leaves(prepare(combine(trained, state.frozen)))
@@ -251,11 +252,19 @@ def _prepared(
     return moved, whole, lambda gradient: pull(gradient)[0]
 
 
-def _moving(params: Any, trained: frozenset[str]) -> Iterator[bool]:
-    """Of each array, whether it can depend on one that is trained: its leaf has some."""
-    for path, leaf in tree.leaves_with_paths(params):
-        for array in jax.tree.leaves(leaf):
-            yield path in trained and jnp.issubdtype(array.dtype, jnp.floating)
+def _moving(function: Callable[[Any], Any], argument: Any) -> tuple[Any, list[bool]]:
+    """(structure of the result; of each of its arrays, whether it is a float and depends on the
+    argument)."""
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(argument)
+    moved = set(closed.jaxpr.invars)
+    for equation in closed.jaxpr.eqns:
+        if not moved.isdisjoint(v for v in equation.invars if isinstance(v, Var)):
+            moved.update(equation.outvars)
+    arrays, structure = jax.tree.flatten(shapes)
+    return structure, [
+        isinstance(out, Var) and out in moved and jnp.issubdtype(array.dtype, jnp.floating)
+        for out, array in zip(closed.jaxpr.outvars, arrays, strict=True)
+    ]
 
 
 def _updated(
