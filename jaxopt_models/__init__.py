@@ -12,7 +12,7 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Metrics, evaluate
-from jaxopt_models.generate import Generation, generate
+from jaxopt_models.generate import Generation, generate, stream
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import forward, init
@@ -43,5 +43,6 @@ __all__ = [
     "quantize",
     "quantize_array",
     "save",
+    "stream",
     "unpack",
 ]

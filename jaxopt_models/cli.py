@@ -214,10 +214,13 @@ def generate(
     draft_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of a guess; else 8 of ngram, 4 of a model.")
     ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt."""
     import jax
 
+    from jaxopt_models.checkpoint.tokenizer import text_as_it_comes
+    from jaxopt_models.generate import Options
     from jaxopt_models.inference import for_device
 
     if draft is None and draft_tokens is not None:
@@ -236,18 +239,23 @@ def generate(
         with report.working(f"loading {draft}"):
             drafter = load_drafter(draft, dtype)
         drafter = drafter if draft_tokens is None else replace(drafter, count=draft_tokens)
+    inputs = loaded.config, for_device(loaded.config, loaded.params), [ids]
+    options = Options(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        key=jax.random.key(seed),
+        draft=drafter,
+    )
+    if stream:
+        rows = (piece[0] for piece in jom.stream(*inputs, passes=8, **options))
+        for text in text_as_it_comes(tokenizer, rows):
+            print(text, end="", flush=True)
+        print()
+        return
     with report.working("generating"):
-        result = jom.generate(
-            loaded.config,
-            for_device(loaded.config, loaded.params),
-            [ids],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            key=jax.random.key(seed),
-            draft=drafter,
-        )
+        result = jom.generate(*inputs, **options)
     print(tokenizer.decode(result.tokens[0], skip_special_tokens=True))
     if result.acceptance_length is not None:
         per_pass = f"{result.acceptance_length[0]:.2f} tokens a pass of the model"

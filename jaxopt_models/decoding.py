@@ -1,6 +1,6 @@
 """The loop of generation on the device: its state, how it begins, and how tokens are committed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from jaxopt_models.sampling import Sampler
 
 # Prompts and buffers are padded to multiples of this, so that few lengths are compiled.
 _BUCKET = 64
+
+ENDLESS = 2**31 - 1  # passes of a loop that ends with its last row
 
 
 @struct.dataclass
@@ -72,12 +74,15 @@ def start(
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("state",))
 def decode_loop(
-    config: ModelConfig, params: Any, state: DecodeState, sampler: Sampler, stops: tuple[int, ...]
+    config: ModelConfig,
+    params: Any,
+    state: DecodeState,
+    sampler: Sampler,
+    stops: tuple[int, ...],
+    passes: jax.Array | int = ENDLESS,
 ) -> DecodeState:
-    """Feeds last tokens until every row is done; the state's buffers are reused in place."""
-
-    def unfinished(state: DecodeState) -> jax.Array:
-        return jnp.any(~state.done)
+    """Feeds last tokens until every row is done, or for so many passes of the model; the state's
+    buffers are reused in place."""
 
     def step(state: DecodeState) -> DecodeState:
         place = (state.length - 1)[:, None]
@@ -89,7 +94,26 @@ def decode_loop(
         chosen = sampler(logits, place + 1)
         return commit(replace(state, cache=cache), chosen, 1, stops)
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return run_passes(step, state, lambda state: state.done, passes)
+
+
+def run_passes[State](
+    step: Callable[[State], State],
+    state: State,
+    done: Callable[[State], jax.Array],
+    passes: jax.Array | int,
+) -> State:
+    """Steps until every row is done, but no more than so many, in one loop on the device."""
+
+    def unfinished(carry: tuple[State, jax.Array]) -> jax.Array:
+        state, left = carry
+        return jnp.any(~done(state)) & (left > 0)
+
+    def one(carry: tuple[State, jax.Array]) -> tuple[State, jax.Array]:
+        state, left = carry
+        return step(state), left - 1
+
+    return jax.lax.while_loop(unfinished, one, (state, jnp.asarray(passes, jnp.int32)))[0]
 
 
 def commit(
@@ -126,10 +150,10 @@ def prompt_room(prompts: Sequence[Sequence[int]], max_prompt_tokens: int = 1) ->
     return _round_up(_longest(prompts, max_prompt_tokens))
 
 
-def new_tokens(state: DecodeState, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """What was committed behind each prompt."""
+def new_tokens(state: DecodeState, begun: Sequence[int]) -> list[list[int]]:
+    """What was committed to each row behind its first tokens, as many as `begun` says."""
     tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
-    return [tokens[i, len(prompt) : ends[i]].tolist() for i, prompt in enumerate(prompts)]
+    return [tokens[i, first : ends[i]].tolist() for i, first in enumerate(begun)]
 
 
 def _longest(prompts: Sequence[Sequence[int]], max_prompt_tokens: int) -> int:

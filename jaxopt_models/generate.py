@@ -1,18 +1,25 @@
-"""Generation: prompts in, tokens out, in one loop on the device, with or without a draft."""
+"""Generation: prompts in, tokens out, at once or as they come, with or without a draft."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import jax
 import numpy as np
 
-from jaxopt_models.decoding import decode_loop, new_tokens, prompt_room, start
+from jaxopt_models.decoding import (
+    ENDLESS,
+    DecodeState,
+    decode_loop,
+    new_tokens,
+    prompt_room,
+    start,
+)
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative.draft import Drafter
-from jaxopt_models.speculative.loop import begin, speculate
+from jaxopt_models.speculative.loop import SpeculativeState, begin, speculate
 from jaxopt_models.speculative.ngram import NGram
 
 
@@ -73,26 +80,130 @@ def generate(
       UserError: for an empty batch or prompt, ids outside the vocabulary, a sampling value out of
         range, or a draft that is unknown or does not go with the model.
     """
-    _check_prompts(config, prompts, max_new_tokens)
-    drafter = _drafter(draft, config)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampler = make_sampler(len(prompts), key=key, request_ids=request_ids, **options)
-    stops = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
-    state = start(config, params, prompts, max_new_tokens, sampler, stops, max_prompt_tokens)
-    passes = None
-    if drafter is None:
-        state = decode_loop(config, params, state, sampler, stops)
-    else:
-        first = begin(state, drafter, prompt_room(prompts, max_prompt_tokens))
-        found = speculate(config, params, first, drafter, sampler, stops)
-        state, passes = found.decode, np.asarray(found.passes)
-    new = new_tokens(state, prompts)
+    rows = _Rows(
+        config,
+        params,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        key=key,
+        request_ids=request_ids,
+        eos_token_ids=eos_token_ids,
+        max_prompt_tokens=max_prompt_tokens,
+        draft=draft,
+    )
+    rows.go_on(ENDLESS)
+    new, passes = rows.new_tokens(), rows.passes()
     if passes is None:
         return Generation(new)
-    lengths = [
-        (len(row) - 1) / n if n else 1.0 for row, n in zip(new, passes.tolist(), strict=True)
-    ]
+    lengths = [(len(row) - 1) / n if n else 1.0 for row, n in zip(new, passes, strict=True)]
     return Generation(new, lengths)
+
+
+class Options(TypedDict, total=False):
+    """What `generate` may be told, besides the model and the prompts."""
+
+    max_new_tokens: int
+    temperature: float | list[float]
+    top_p: float | list[float]
+    top_k: int | list[int]
+    key: jax.Array | None
+    request_ids: list[int] | None
+    eos_token_ids: Sequence[int] | None
+    max_prompt_tokens: int
+    draft: Drafter | Literal["ngram"] | None
+
+
+def stream(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    passes: int = 16,
+    **options: Unpack[Options],
+) -> Iterator[list[list[int]]]:
+    """Continues prompts, and gives the tokens as they come: `generate`'s, in pieces.
+
+    The host waits for the device once for so many passes of the model, not for each token.
+
+    Args:
+      config, params, prompts, options: as of `generate`.
+      passes: of the model, between two pieces; the first is of the prompts' pass alone.
+
+    Yields:
+      The new ids of each row since the last time, none of a row that is done.
+
+    Raises:
+      UserError: as `generate`, when the first piece is asked for; for no passes.
+    """
+    if passes < 1:
+        raise UserError(f"passes must be at least 1; it is {passes}")
+    rows = _Rows(config, params, prompts, **options)
+    while True:
+        yield rows.new_tokens()
+        if rows.done():
+            return
+        rows.go_on(passes)
+
+
+class _Rows:
+    """A batch that is being continued, with or without a draft."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        key: jax.Array | None = None,
+        request_ids: list[int] | None = None,
+        eos_token_ids: Sequence[int] | None = None,
+        max_prompt_tokens: int = 1,
+        draft: Drafter | Literal["ngram"] | None = None,
+        **sampling: Any,
+    ) -> None:
+        """Runs the prompts, which gives the first token of each."""
+        _check_prompts(config, prompts, max_new_tokens)
+        self._config, self._params, self._drafter = config, params, _drafter(draft, config)
+        self._sampler = make_sampler(len(prompts), key=key, request_ids=request_ids, **sampling)
+        self._stops = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
+        self._told = [len(prompt) for prompt in prompts]
+        rule = self._sampler, self._stops
+        first = start(config, params, prompts, max_new_tokens, *rule, max_prompt_tokens)
+        self._state: DecodeState | SpeculativeState = first
+        if self._drafter is not None:
+            self._state = begin(first, self._drafter, prompt_room(prompts, max_prompt_tokens))
+
+    @property
+    def _decode(self) -> DecodeState:
+        return self._state.decode if isinstance(self._state, SpeculativeState) else self._state
+
+    def go_on(self, passes: int) -> None:
+        """For so many passes, or until every row is done."""
+        model, rule, most = (self._config, self._params), (self._sampler, self._stops), passes
+        if isinstance(self._state, SpeculativeState):
+            assert self._drafter is not None
+            self._state = speculate(*model, self._state, self._drafter, *rule, most)
+        else:
+            self._state = decode_loop(*model, self._state, *rule, most)
+
+    def done(self) -> bool:
+        return bool(np.all(self._decode.done))
+
+    def new_tokens(self) -> list[list[int]]:
+        """Of each row, those since this was asked last."""
+        new = new_tokens(self._decode, self._told)
+        self._told = [told + len(row) for told, row in zip(self._told, new, strict=True)]
+        return new
+
+    def passes(self) -> list[int] | None:
+        """Of the model for each row until now, the prompts' aside; None without a draft."""
+        if isinstance(self._state, DecodeState):
+            return None
+        return np.asarray(self._state.passes).tolist()
 
 
 def _drafter(draft: Drafter | str | None, config: ModelConfig) -> Drafter | None:

@@ -89,6 +89,8 @@ def test_quantize_eval_generate_export(run, model_dir, text, tmp_path):
         more = "--max-new-tokens", 5, "--draft", *draft
         code, same, said = run("generate", out, "--prompt", "All that", *more)
         assert code == 0 and same == printed and "tokens a pass of the model" in said
+        code, streamed, _ = run("generate", out, "--prompt", "All that", *more, "--stream")
+        assert code == 0 and streamed == printed
 
     code, _, _ = run("export", out, "--layout", "bf16", "--out", tmp_path / "hf")
     exported = load(tmp_path / "hf").params["layers"][0]["mlp"]["up_proj"]["weight"]

@@ -230,4 +230,5 @@ def _batch(
         decode = state.decode
         passes, accepted = np.asarray(state.passes), np.asarray(state.accepted)
     rounds = np.full(size, passes.max())
-    return _Run(new_tokens(decode, prompts), passes, accepted, rounds, seconds)
+    new = new_tokens(decode, [len(prompt) for prompt in prompts])
+    return _Run(new, passes, accepted, rounds, seconds)

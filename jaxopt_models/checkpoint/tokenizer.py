@@ -5,7 +5,7 @@ merges apply. A wrong rule goes unnoticed: text still round-trips, but into toke
 seldom seen, so an unknown name is an error here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,25 @@ def _sentencepiece(path: Path, settings: Mapping[str, Any]) -> tuple[Tokenizer, 
 
 _BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece}
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def text_as_it_comes(tokenizer: Any, pieces: Iterable[Sequence[int]]) -> Iterator[str]:
+    """Text of the ids of a row, which come in pieces; a character waits for all of its tokens.
+
+    Args:
+      tokenizer: its `decode` leaves out special tokens, if told to.
+      pieces: ids, each of which comes once.
+    """
+    ids: list[int] = []
+    text, said = "", 0
+    for piece in pieces:
+        ids += piece
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if len(text) > said and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[said:]
+            said = len(text)
+    if len(text) > said:
+        yield text[said:]
 
 
 def _merges_by_score(

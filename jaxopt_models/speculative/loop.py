@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxopt_models.decoding import DecodeState, commit
+from jaxopt_models.decoding import ENDLESS, DecodeState, commit, run_passes
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import decode_step
 from jaxopt_models.sampling import Sampler
@@ -83,6 +83,7 @@ def speculate(
     drafter: Drafter,
     sampler: Sampler,
     stops: tuple[int, ...],
+    passes: jax.Array | int = ENDLESS,
 ) -> SpeculativeState:
     """Generates until every row is done; the state's buffers are reused in place.
 
@@ -92,10 +93,8 @@ def speculate(
       drafter: guesses.
       sampler: how tokens are chosen, by the model and by drafters that sample.
       stops: ids that end a row.
+      passes: of the model, at most.
     """
-
-    def unfinished(state: SpeculativeState) -> jax.Array:
-        return jnp.any(~state.decode.done)
 
     def step(state: SpeculativeState) -> SpeculativeState:
         decode, active = state.decode, ~state.decode.done
@@ -116,7 +115,7 @@ def speculate(
             accepted=state.accepted + (right & active[:, None]).astype(jnp.int32),
         )
 
-    return jax.lax.while_loop(unfinished, step, state)
+    return run_passes(step, state, lambda state: state.decode.done, passes)
 
 
 def matches(guess: jax.Array, chosen: jax.Array) -> jax.Array:
