@@ -6,7 +6,6 @@ error and exit code 2; whatever else goes wrong is a defect and shows its traceb
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +20,9 @@ import jaxopt_models as jom
 from jaxopt_models import data, report
 from jaxopt_models.cli_bench import bench
 from jaxopt_models.cli_corpus import corpus
+from jaxopt_models.cli_generate import generate
 from jaxopt_models.cli_options import (
     BatchOption,
-    DtypeOption,
     JsonOption,
     LengthOption,
     ModelArg,
@@ -32,14 +31,13 @@ from jaxopt_models.cli_options import (
 )
 from jaxopt_models.cli_train import train
 from jaxopt_models.demo import run_demo
-from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json, write_text
-from jaxopt_models.speculative.named import load_drafter
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(bench, name="bench")
 app.command()(corpus)
+app.command()(generate)
 app.command()(train)
 
 
@@ -197,72 +195,6 @@ def evaluate(
 
 
 @app.command()
-def generate(
-    model: ModelArg,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Where to stop at the latest.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus; 1 is off.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens kept; 0 is off.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling noise.")] = 0,
-    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the chat template.")] = False,
-    dtype: DtypeOption = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(help="What guesses ahead: ngram, or a smaller model of the same vocabulary."),
-    ] = None,
-    draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a guess; else 8 of ngram, 4 of a model.")
-    ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
-) -> None:
-    """Continue a prompt."""
-    import jax
-
-    from jaxopt_models.checkpoint.tokenizer import text_as_it_comes
-    from jaxopt_models.generate import Options
-    from jaxopt_models.inference import for_device
-
-    if draft is None and draft_tokens is not None:
-        raise UserError("--draft-tokens is of a guess; name what guesses with --draft")
-    loaded = _load(model, dtype=dtype)
-    tokenizer = data.tokenizer_of(loaded)
-    if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"{model} has no chat template; leave out --chat")
-        turn = [{"role": "user", "content": prompt}]
-        ids = templated(tokenizer, turn, add_generation_prompt=True).tolist()
-    else:
-        ids = tokenizer.encode(prompt)
-    drafter = None
-    if draft is not None:
-        with report.working(f"loading {draft}"):
-            drafter = load_drafter(draft, dtype)
-        drafter = drafter if draft_tokens is None else replace(drafter, count=draft_tokens)
-    inputs = loaded.config, for_device(loaded.config, loaded.params), [ids]
-    options = Options(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        key=jax.random.key(seed),
-        draft=drafter,
-    )
-    if stream:
-        rows = (piece[0] for piece in jom.stream(*inputs, passes=8, **options))
-        for text in text_as_it_comes(tokenizer, rows):
-            print(text, end="", flush=True)
-        print()
-        return
-    with report.working("generating"):
-        result = jom.generate(*inputs, **options)
-    print(tokenizer.decode(result.tokens[0], skip_special_tokens=True))
-    if result.acceptance_length is not None:
-        per_pass = f"{result.acceptance_length[0]:.2f} tokens a pass of the model"
-        report.err.print(per_pass, soft_wrap=True, highlight=False)
-
-
-@app.command()
 def export(
     model: ModelArg,
     out: OutOption,
@@ -286,9 +218,9 @@ def demo(
         write_json(json, figures)
 
 
-def _load(name: str, host: bool = False, dtype: str | None = None) -> jom.Model:
+def _load(name: str, host: bool = False) -> jom.Model:
     with report.working(f"loading {name}"):
-        return jom.load(name, host=host, dtype=dtype)
+        return jom.load(name, host=host)
 
 
 def _batches(
