@@ -140,7 +140,8 @@ def stream(
     """
     if passes < 1:
         raise UserError(f"passes must be at least 1; it is {passes}")
-    rows = _Rows(config, params, prompts, **options)
+    given: dict[str, Any] = (generate.__kwdefaults__ or {}) | options
+    rows = _Rows(config, params, prompts, **given)
     while True:
         yield rows.new_tokens()
         if rows.done():
@@ -157,12 +158,12 @@ class _Rows:
         params: Any,
         prompts: Sequence[Sequence[int]],
         *,
-        max_new_tokens: int = 64,
-        key: jax.Array | None = None,
-        request_ids: list[int] | None = None,
-        eos_token_ids: Sequence[int] | None = None,
-        max_prompt_tokens: int = 1,
-        draft: Drafter | Literal["ngram"] | None = None,
+        max_new_tokens: int,
+        key: jax.Array | None,
+        request_ids: list[int] | None,
+        eos_token_ids: Sequence[int] | None,
+        max_prompt_tokens: int,
+        draft: Drafter | Literal["ngram"] | None,
         **sampling: Any,
     ) -> None:
         """Runs the prompts, which gives the first token of each."""

@@ -35,8 +35,8 @@ def test_pieces_are_what_is_generated(draft, passes):
     """Also where rows end at different times, and the last piece is short."""
     free = jom.generate(LLAMA, params(), PROMPTS, **OPTIONS).tokens
     count = 3
-    drafters = {"none": None, "ngram": NGram(count=count), "self": None}
-    drafters["self"] = DraftModel(LLAMA, params(), count)
+    own = DraftModel(LLAMA, params(), count)
+    drafters = {"none": None, "ngram": NGram(count=count), "self": own}
     options = {"draft": drafters[draft], "eos_token_ids": (free[1][4],)}
     expected = jom.generate(LLAMA, params(), PROMPTS, **(OPTIONS | options)).tokens
     found = pieces(passes=passes, **options)

@@ -37,12 +37,11 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor
 from jaxopt_models.formats import resolve
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.repeated import repeated
 from jaxopt_models.models.transformer import Remat, init
 from jaxopt_models.sharding import make_mesh, shard
 from jaxopt_models.sharding_rules import batch_spec, rows_spec
 from jaxopt_models.train import flops
-from jaxopt_models.train.leaves import computed
+from jaxopt_models.train.leaves import computed, looped
 from jaxopt_models.train.objectives import QAD, QAT, next_token_loss
 from jaxopt_models.train.step import TrainState, make_train_step, start
 
@@ -176,10 +175,9 @@ def _timed(setting: Setting, mode: str, gpus: int) -> _Timed:
     extra = flops.forward_flops(config, teacher, setting.length) if taught else 0.0
     batch = {"tokens": _tokens(setting, gpus, mesh)}
     loss = next_token_loss(config, QAD if taught else QAT, remat=setting.remat)
-    prepare = partial(computed, dtype=config.dtype)
-    if setting.scan_layers:
-        loop = partial(repeated, kinds=config.attention_kinds)
-        prepare, teacher = partial(loop, prepare=prepare), teacher and loop(teacher)
+    loop = partial(looped, config=config, scan_layers=setting.scan_layers)
+    prepare = loop(partial(computed, dtype=config.dtype))
+    teacher = teacher and loop(lambda params: params)(teacher)
     rows = None if mesh is None else NamedSharding(mesh, rows_spec(mesh))
     options = {"parts": setting.parts, "max_norm": 1.0, "prepare": prepare, "rows": rows}
     step = make_train_step(loss, optimizer, **options)

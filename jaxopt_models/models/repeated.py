@@ -7,7 +7,8 @@ take turns, as Gemma's sliding and full attention do. Compilation takes as long 
 those before and after, in place of all of them.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxopt_models.models.config import AttentionKind
+
+_Run = Callable[[AttentionKind, Any, jax.Array], jax.Array]
 
 
 @struct.dataclass
@@ -75,6 +78,62 @@ def repeated(
     return alone | {"layers": Repeated(rest[:start], stacked, rest[start:])}
 
 
+def run_layers(
+    run: _Run,
+    kinds: Sequence[AttentionKind],
+    layers: Sequence[Any] | Repeated,
+    x: jax.Array,
+    wanted: Collection[int],
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """(x behind all layers, and behind each that is wanted, by its number).
+
+    Args:
+      run: a layer of a kind on the residual stream.
+      kinds: of attention, of each layer.
+      layers: one after the other, or those that are alike in a loop.
+      x: residual stream.
+      wanted: numbers of layers.
+    """
+    layers = layers if isinstance(layers, Repeated) else Repeated(tuple(layers), (), ())
+    x, before = _several(run, kinds[: layers.start], layers.before, x)
+    x, alike = _repeatedly(run, kinds, layers, x, wanted)
+    x, after = _several(run, kinds[layers.end :], layers.after, x, layers.end)
+    behind = before | alike | after
+    return x, {i: behind[i] for i in wanted}
+
+
+def _several(
+    run: _Run, kinds: Sequence[AttentionKind], layers: Sequence[Any], x: jax.Array, first: int = 0
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """(x behind the layers, and behind each by its number)."""
+    behind = {}
+    for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True), first):
+        behind[i] = x = run(kind, layer, x)
+    return x, behind
+
+
+def _repeatedly(
+    run: _Run,
+    kinds: Sequence[AttentionKind],
+    layers: Repeated,
+    x: jax.Array,
+    wanted: Collection[int],
+) -> tuple[jax.Array, dict[int, jax.Array]]:
+    """(x behind the layers that are alike, and behind those of them that are wanted)."""
+    if not layers.period:
+        return x, {}
+    start, period = layers.start, len(layers.period)
+    turns = {i: divmod(i - start, period) for i in wanted if start <= i < layers.end}
+    kept = {j for _, j in turns.values()}
+
+    def turn(x: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, dict[int, jax.Array]]:
+        x, behind = _several(run, kinds[start : start + period], each, x)
+        return x, {j: behind[j] for j in kept}
+
+    x, streams = jax.lax.scan(turn, x, layers.period)
+    return x, {i: streams[j][number] for i, (number, j) in turns.items()}
+
+
 class _Place(NamedTuple):
     start: int
     period: int
@@ -108,5 +167,9 @@ def _stack(arrays: Sequence[jax.Array]) -> jax.Array:
     own = None if isinstance(arrays[0], Tracer) else getattr(arrays[0], "sharding", None)
     if not isinstance(own, NamedSharding):
         return jnp.stack(arrays)
-    split = NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
-    return jax.jit(lambda *each: jnp.stack(each), out_shardings=split)(*arrays)
+    return _split_stack(arrays, NamedSharding(own.mesh, PartitionSpec(None, *own.spec)))
+
+
+@partial(jax.jit, static_argnames="split")
+def _split_stack(arrays: Sequence[jax.Array], split: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.stack(arrays), split)

@@ -10,7 +10,7 @@ Parameters are nested dicts with Hugging Face's names; linear weights are [N, K]
                       or {router, experts: {gate_proj, up_proj, down_proj} stacked [E, N, K]}}
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import block, deferred_block
 from jaxopt_models.models.cache import KVCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
-from jaxopt_models.models.repeated import Repeated
+from jaxopt_models.models.repeated import run_layers
 from jaxopt_models.ops import embed, linear
 from kernels_pallas import add_rms_norm, rms_norm
 
@@ -32,8 +32,6 @@ _NO_TAPS: frozenset[str] = frozenset()
 # What gradients find of a layer: all of its activations; its input and its products with weights
 # (attention and what is between them is computed again); or its input alone.
 Remat = Literal["none", "products", "layers"]
-
-_Run = Callable[[AttentionKind, Any, jax.Array], jax.Array]  # a layer on the residual stream
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Any:
@@ -169,45 +167,8 @@ def hidden_states_with_layers(
     def run(kind: AttentionKind, layer: Any, x: jax.Array) -> jax.Array:
         return _placed(_rematerialized(partial(one, kind), remat)(layer, x), sharding)
 
-    kinds, own = config.attention_kinds, params["layers"]
-    own = own if isinstance(own, Repeated) else Repeated(own, (), ())
-    x, before = _several(run, kinds[: own.start], own.before, x)
-    x, alike = _repeatedly(run, kinds, own, x, layers)
-    x, after = _several(run, kinds[own.end :], own.after, x, own.end)
-    behind = before | alike | after
-    return final_norm(config, params, x), {i: behind[i] for i in layers}
-
-
-def _several(
-    run: _Run, kinds: Sequence[AttentionKind], layers: Sequence[Any], x: jax.Array, first: int = 0
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """(x behind the layers, and behind each by its number)."""
-    behind = {}
-    for i, (kind, layer) in enumerate(zip(kinds, layers, strict=True), first):
-        behind[i] = x = run(kind, layer, x)
-    return x, behind
-
-
-def _repeatedly(
-    run: _Run,
-    kinds: Sequence[AttentionKind],
-    layers: Repeated,
-    x: jax.Array,
-    wanted: Collection[int],
-) -> tuple[jax.Array, dict[int, jax.Array]]:
-    """(x behind the layers that are alike, and behind those of them that are wanted)."""
-    if not layers.period:
-        return x, {}
-    start, period = layers.start, len(layers.period)
-    turns = {i: divmod(i - start, period) for i in wanted if start <= i < layers.end}
-    kept = {j for _, j in turns.values()}
-
-    def turn(x: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, dict[int, jax.Array]]:
-        x, behind = _several(run, kinds[start : start + period], each, x)
-        return x, {j: behind[j] for j in kept}
-
-    x, streams = jax.lax.scan(turn, x, layers.period)
-    return x, {i: streams[j][number] for i, (number, j) in turns.items()}
+    x, behind = run_layers(run, config.attention_kinds, params["layers"], x, layers)
+    return final_norm(config, params, x), behind
 
 
 def _placed(x: jax.Array, sharding: Sharding | None) -> jax.Array:

@@ -1,5 +1,7 @@
 """Quantized parameters made trainable, and trained ones quantized for good."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, get_args
 
 import jax
@@ -10,6 +12,8 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.fake_tensor import FakeTensor, LearnedAmax, learned_amax
 from jaxopt_models.hadamard import hadamard
 from jaxopt_models.kv_quantizer import in_kv_cache
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.repeated import repeated
 from jaxopt_models.numerics import Scales, overall_amax
 from jaxopt_models.qtensor import DenseTensor, Gradient, QTensor
 
@@ -98,6 +102,15 @@ def computed(params: Any, dtype: Any) -> Any:
         return one.astype(dtype) if matrix else one
 
     return tree.map_with_path(leaf, params)
+
+
+def looped(
+    prepare: Callable[[Any], Any], config: ModelConfig, scan_layers: bool
+) -> Callable[[Any], Any]:
+    """`prepare`, and layers that are alike in a loop, if they are to be; see `repeated`."""
+    if not scan_layers:
+        return prepare
+    return partial(repeated, kinds=config.attention_kinds, prepare=prepare)
 
 
 def fold(params: Any) -> Any:

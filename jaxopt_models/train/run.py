@@ -36,13 +36,12 @@ from jaxopt_models.evaluate import evaluate, reference
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
-from jaxopt_models.models.repeated import repeated
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.sharding import make_mesh, place
 from jaxopt_models.sharding_rules import AXES, BATCH, rows_spec, splits_rows_alone
 from jaxopt_models.train import flops
 from jaxopt_models.train.checkpoints import Checkpoints, first_difference
-from jaxopt_models.train.leaves import cast, computed
+from jaxopt_models.train.leaves import cast, computed, looped
 from jaxopt_models.train.loop import Log, Pace, Step, fit
 from jaxopt_models.train.objectives import Term, next_token_loss
 from jaxopt_models.train.rows import cached_teacher, sharded, training_batches, training_rows
@@ -184,19 +183,10 @@ def make_step(
         settings.optimizer.transformation(settings.steps),
         parts=settings.parts,
         max_norm=settings.max_norm,
-        prepare=_looped(settings, config, partial(computed, dtype=config.dtype)),
+        prepare=looped(partial(computed, dtype=config.dtype), config, settings.scan_layers),
         shardings=shardings,
         rows=rows if alone else None,
     )
-
-
-def _looped(
-    settings: RunSettings, config: ModelConfig, prepare: Callable[[Any], Any]
-) -> Callable[[Any], Any]:
-    """`prepare`, and layers that are alike in a loop, if they are to be."""
-    if not settings.scan_layers:
-        return prepare
-    return partial(repeated, kinds=config.attention_kinds, prepare=prepare)
 
 
 def first_state(settings: RunSettings, student: Model) -> TrainState:
@@ -217,7 +207,7 @@ def context_of(settings: RunSettings, terms: Sequence[Term], teacher: Model) -> 
     ):
         return None
     prepare = partial(cast, dtype=settings.dtype)
-    return _looped(settings, teacher.config, prepare)(teacher.params)
+    return looped(prepare, teacher.config, settings.scan_layers)(teacher.params)
 
 
 def _least_seconds(

@@ -235,12 +235,14 @@ def _prepared(
     gradient to what is trained)."""
     if prepare is None:
         return state.trained, lambda moved: combine(moved, state.frozen), lambda gradient: gradient
-    structure, moves = _moving(
-        lambda trained: prepare(combine(trained, state.frozen)), state.trained
-    )
+
+    def read(trained: Any) -> Any:
+        return prepare(combine(trained, state.frozen))
+
+    structure, moves = _moving(read, state.trained)
 
     def apart(trained: Any) -> tuple[list[Any], list[Any]]:
-        arrays = jax.tree.leaves(prepare(combine(trained, state.frozen)))
+        arrays = jax.tree.leaves(read(trained))
         return list(compress(arrays, moves)), list(compress(arrays, map(not_, moves)))
 
     moved, pull, fixed = jax.vjp(apart, state.trained, has_aux=True)

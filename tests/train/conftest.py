@@ -1,12 +1,10 @@
 """A tiny model, its NVFP4 twin, and batches of text that can be learnt."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import CONFIG, quantized
+from tiny import CONFIG, quantized, sure_model
 
-import jaxopt_models as jom
 from jaxopt_models.models.config import ModelConfig
 
 
@@ -17,10 +15,7 @@ def tiny_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def tiny_params():
-    """Random, and as sure of its predictions as a trained model."""
-    params = jom.init(CONFIG, jax.random.key(0))
-    table = params["embed_tokens"]["weight"]
-    return params | {"embed_tokens": {"weight": 20 * table}}
+    return sure_model(CONFIG)
 
 
 @pytest.fixture(scope="session")

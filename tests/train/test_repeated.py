@@ -12,9 +12,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_models import MIXTRAL
-from tiny import CONFIG, quantized
+from tiny import CONFIG, quantized, sure_model
 
-import jaxopt_models as jom
 from jaxopt_models.distill.hidden import HiddenLoss
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.repeated import Repeated, repeated
@@ -46,11 +45,6 @@ SGD = optax.sgd(0.1)
 HIDDEN = (*QAD, Term(HiddenLoss("hidden_mean_square", layers=((1, 1), (4, 4), (5, 5)))))
 
 
-def _model(config):
-    params = jom.init(config, jax.random.key(0))
-    return params | {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
-
-
 def _mixed(params):
     """The first layer left as it is, the others in INT8, of which the last one has a bias."""
     first, *others = params["layers"]
@@ -72,7 +66,7 @@ def _mixed(params):
 )
 def test_layers_in_a_loop_compute_the_same(config, change, place, tokens):
     """Behind every layer, also of those beside the loop."""
-    params = change(_model(config))
+    params = change(sure_model(config))
     looped = repeated(params, config.attention_kinds)
     own = looped["layers"]
     assert isinstance(own, Repeated) and (own.start, len(own.period), own.count) == place
@@ -116,7 +110,7 @@ def _lora(params):
     ids=["floats", "learned", "partly frozen", "adapters"],
 )
 def test_layers_in_a_loop_learn_the_same(leaves, freeze, options, tokens):
-    params = _model(SIX)
+    params = sure_model(SIX)
     student = leaves(params)
     loss, batch = next_token_loss(SIX, HIDDEN, **options), {"tokens": tokens.reshape(2, 4, 16)}
     prepare = partial(computed, dtype=jnp.float32)
@@ -141,7 +135,7 @@ def test_a_program_does_not_grow_with_layers(tokens):
 
     def products(count: int, loop: bool) -> int:
         config = replace(SIX, num_layers=count, attention_kinds=("full",) * count)
-        params, prepare = _model(config), partial(computed, dtype=jnp.float32)
+        params, prepare = sure_model(config), partial(computed, dtype=jnp.float32)
         if loop:
             prepare = partial(repeated, kinds=config.attention_kinds, prepare=prepare)
         step: Any = make_train_step(next_token_loss(config, QAT), SGD, prepare=prepare)
@@ -153,7 +147,7 @@ def test_a_program_does_not_grow_with_layers(tokens):
 
 def test_layers_in_a_loop_learn_the_same_on_several_devices(tokens):
     """Stored in parts, from a teacher that is."""
-    params, mesh = _model(SIX), make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    params, mesh = sure_model(SIX), make_mesh({"data": 2, "fsdp": 2, "model": 2})
     adam = optax.adamw(1e-3)
     fakes = fake_quantized(params, quantized(params, "nvfp4"))
     loop, rows = partial(repeated, kinds=SIX.attention_kinds), NamedSharding(mesh, P(BATCH))

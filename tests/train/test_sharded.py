@@ -10,9 +10,8 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tiny import ONE_LAYER, quantized
+from tiny import ONE_LAYER, quantized, sure_model
 
-import jaxopt_models as jom
 from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sharding import make_mesh, shard
@@ -50,11 +49,6 @@ def _sharded(config, params, optimizer, mesh, **options):
     return step, state, rows
 
 
-def _model(config):
-    params = jom.init(config, jax.random.key(0))
-    return params | {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
-
-
 @pytest.mark.parametrize(
     ("config", "format", "scales"),
     [(ONE_LAYER, "nvfp4", "dynamic"), (MOE, "int8", "learned")],
@@ -62,7 +56,7 @@ def _model(config):
 )
 def test_several_devices_learn_the_same(config, format, scales, tokens):
     """As one does, from a teacher, under quantization."""
-    params, mesh = _model(config), make_mesh({"data": 2, "fsdp": 2, "model": 2})
+    params, mesh = sure_model(config), make_mesh({"data": 2, "fsdp": 2, "model": 2})
     fakes = fake_quantized(params, quantized(params, format), scales)
     step, shared, rows = _sharded(config, fakes, ADAM, mesh)
     places = jax.tree.map(lambda array: array.sharding, shared)
@@ -83,7 +77,7 @@ def test_several_devices_learn_the_same(config, format, scales, tokens):
 
 def test_devices_that_hold_all_weights_add_gradients_once_a_step(tokens):
     """Not in each part of a batch or piece of its logits; and the step is the one of one device."""
-    mesh, params = make_mesh({"data": 2, "model": 1}), _model(ONE_LAYER)
+    mesh, params = make_mesh({"data": 2, "model": 1}), sure_model(ONE_LAYER)
     parts = {"tokens": jnp.stack([tokens, tokens[::-1]])}
     options = {"parts": 2, "max_norm": 1.0, "prepare": partial(computed, dtype=jnp.float32)}
     rows, loss = NamedSharding(mesh, P("data")), next_token_loss(ONE_LAYER)
@@ -112,7 +106,7 @@ def test_weights_move_and_activations_do_not(tokens):
     length = 24  # no weight has that extent
     kinds = "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute"
     mesh = make_mesh({"data": 2, "fsdp": 4, "model": 1})
-    params = _model(ONE_LAYER)
+    params = sure_model(ONE_LAYER)
     step, state, rows = _sharded(ONE_LAYER, params, ADAM, mesh, terms=QAT)
     batch = jax.ShapeDtypeStruct((8, length), jnp.int32, sharding=rows)
     program = step.lower(state, None, {"tokens": batch}).compile().as_text()

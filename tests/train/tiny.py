@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import jax
+
 import jaxopt_models as jom
 from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
@@ -19,6 +21,12 @@ CONFIG = ModelConfig.from_hf(
     }
 )
 ONE_LAYER = replace(CONFIG, num_layers=1, attention_kinds=("full",))
+
+
+def sure_model(config: ModelConfig) -> Any:
+    """Random parameters, as sure of their predictions as those of a trained model."""
+    params = jom.init(config, jax.random.key(0))
+    return params | {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
 
 
 def quantized(params: Any, format: str = "nvfp4", **extra: Any) -> Any:
