@@ -18,7 +18,7 @@ def bench_speculative(
     ],
     draft: Annotated[
         list[str] | None,
-        typer.Option(help="ngram, or a smaller model; may be repeated; else ngram."),
+        typer.Option(help="ngram, a head or a smaller model; may be repeated; else ngram."),
     ] = None,
     draft_tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Of a guess; may be repeated; else 4 and 8.")
@@ -49,7 +49,7 @@ def bench_speculative(
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
-    loading = ((name, load_drafter(name, dtype)) for name in draft or ["ngram"])
+    loading = ((name, load_drafter(name, loaded.config, dtype)) for name in draft or ["ngram"])
     drafters = {
         f"{name}, K = {tokens}": replace(drafter, count=tokens)
         for name, drafter in loading

@@ -22,7 +22,8 @@ from jaxopt_models.progress import silent
 
 def train(
     technique: Annotated[
-        Literal["qat", "qad", "distill"], typer.Argument(help="What is learnt from.")
+        Literal["qat", "qad", "distill", "draft"],
+        typer.Argument(help="What is trained, and what for."),
     ],
     config: Annotated[Path, typer.Option(help="YAML file of the run; see configs/runs.")],
     out: OutOption,
@@ -36,7 +37,8 @@ def train(
     process: ProcessOption = None,
     devices: DevicesOption = None,
 ) -> None:
-    """Train a model under quantization, or a student for what a model says."""
+    """Train a model under quantization, a student for what a model says, or a head that guesses for
+    it."""
     import jax
 
     from jaxopt_models.train import run
@@ -51,11 +53,12 @@ def train(
     if not first:
         return
     last = result.log[-1]
-    report.out.print(
-        f"{settings.steps} steps: perplexity {last['perplexity']:.4f}, KL {last['kl']:.4f} to "
-        f"{settings.model} -> {out / 'model'}",
-        soft_wrap=True,
+    found = (
+        f"{last['acceptance_length']:.2f} tokens a pass of {settings.model}"
+        if technique == "draft"
+        else f"perplexity {last['perplexity']:.4f}, KL {last['kl']:.4f} to {settings.model}"
     )
+    report.out.print(f"{settings.steps} steps: {found} -> {out / 'model'}", soft_wrap=True)
 
 
 def _device_ids(devices: str | None) -> list[int] | None:

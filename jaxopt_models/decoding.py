@@ -11,8 +11,8 @@ import numpy as np
 from flax import struct
 
 from jaxopt_models.models.cache import KVCache, empty_cache
+from jaxopt_models.models.cached import decode_step, prefill_with_features
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import decode_step, prefill
 from jaxopt_models.sampling import Sampler
 
 # Prompts and buffers are padded to multiples of this, so that few lengths are compiled.
@@ -51,17 +51,32 @@ def start(
     sampler: Sampler,
     stops: tuple[int, ...],
     max_prompt_tokens: int = 1,
-) -> DecodeState:
-    """Runs the prompts and chooses each row's first token."""
+    layers: tuple[int, ...] = (),
+    spare: int = 0,
+) -> tuple[DecodeState, jax.Array]:
+    """Runs the prompts and chooses each row's first token.
+
+    Args:
+      config, params, prompts, max_new_tokens, max_prompt_tokens: as of `generate`.
+      sampler: how tokens are chosen.
+      stops: ids that end a row.
+      layers: whose features are wanted, see `cached.decode_step_with_features`.
+      spare: slots of the cache besides those of each row's positions.
+
+    Returns:
+      (state, features of the prompts' tokens, [B, W, len(layers) · D]).
+    """
     lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
     width = prompt_room(prompts, max_prompt_tokens)
-    capacity = _round_up(_longest(prompts, max_prompt_tokens) + max_new_tokens)
+    capacity = _round_up(_longest(prompts, max_prompt_tokens) + max_new_tokens + spare)
     buffer = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(buffer, prompts, strict=True):
         row[: len(prompt)] = prompt
     tokens, length = jnp.asarray(buffer), jnp.asarray(lengths)
     cache = empty_cache(config, params, len(prompts), capacity)
-    logits, cache = prefill(config, params, tokens[:, :width], length, cache)
+    logits, cache, features = prefill_with_features(
+        config, params, tokens[:, :width], length, cache, layers
+    )
     state = DecodeState(
         tokens=tokens,
         length=length,
@@ -69,7 +84,7 @@ def start(
         done=jnp.zeros(len(prompts), bool),
         cache=cache,
     )
-    return commit(state, sampler(logits[:, None], length[:, None]), 1, stops)
+    return commit(state, sampler(logits[:, None], length[:, None]), 1, stops), features
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("state",))

@@ -12,7 +12,6 @@ from jaxopt_models.decoding import (
     DecodeState,
     decode_loop,
     new_tokens,
-    prompt_room,
     start,
 )
 from jaxopt_models.errors import UserError
@@ -172,11 +171,12 @@ class _Rows:
         self._sampler = make_sampler(len(prompts), key=key, request_ids=request_ids, **sampling)
         self._stops = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._told = [len(prompt) for prompt in prompts]
-        rule = self._sampler, self._stops
-        first = start(config, params, prompts, max_new_tokens, *rule, max_prompt_tokens)
-        self._state: DecodeState | SpeculativeState = first
-        if self._drafter is not None:
-            self._state = begin(first, self._drafter, prompt_room(prompts, max_prompt_tokens))
+        given = config, params, prompts, max_new_tokens, self._sampler, self._stops
+        self._state: DecodeState | SpeculativeState
+        if self._drafter is None:
+            self._state, _ = start(*given, max_prompt_tokens)
+        else:
+            self._state = begin(*given, self._drafter, max_prompt_tokens)
 
     @property
     def _decode(self) -> DecodeState:

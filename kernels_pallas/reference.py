@@ -24,6 +24,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     starts: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention, `softmax(scale · q kᵀ + mask) v`, scores in float32.
 
@@ -38,6 +39,7 @@ def attention(
       window: number of keys a query sees, itself included; None is unlimited.
       softcap: c of `c · tanh(scores / c)`; None is off.
       starts: int32 [B, T], the first position that a query sees; None is all.
+      mask: bool [B, T, S], keys that a query sees if their position lets it; None is all.
 
     Returns:
       [B, T, H, d] in the dtype of `query`.
@@ -57,6 +59,8 @@ def attention(
     visible = k <= q if window is None else (k <= q) & (k > q - window)
     if starts is not None:
         visible &= k >= jnp.tile(starts, (1, sharing))[:, :, None]
+    if mask is not None:
+        visible &= jnp.tile(mask, (1, sharing, 1))
     scores = jnp.where(visible[:, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
     mixed = jnp.einsum("bgrs,bgsd->bgrd", weights, value, preferred_element_type=jnp.float32)

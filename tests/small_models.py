@@ -17,6 +17,11 @@ SLIDING = ModelConfig.from_hf({"model_type": "mistral", "sliding_window": 6} | S
 MIXTRAL = ModelConfig.from_hf(
     {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2} | SIZES
 )
+GEMMA = ModelConfig.from_hf(
+    {"model_type": "gemma3_text", "query_pre_attn_scalar": 16, "sliding_window": 6}
+    | SIZES
+    | {"head_dim": 16}
+)
 
 # One token; more than a window; more than the 64 positions that buffers grow by.
 PROMPTS = [[7], [int(t) for t in np.arange(11) * 5 % 64], [int(t) for t in np.arange(70) * 7 % 64]]

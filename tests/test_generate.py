@@ -205,7 +205,7 @@ def test_a_finished_row_is_frozen():
     free = run(LLAMA, PROMPTS, max_new_tokens=20)
     stops = (free[1][3],)
     sampler = make_sampler(3)
-    state = start(LLAMA, params(LLAMA), PROMPTS, 20, sampler, stops)
+    state, _ = start(LLAMA, params(LLAMA), PROMPTS, 20, sampler, stops)
     state = decode_loop(LLAMA, params(LLAMA), state, sampler, stops)
     assert np.all(state.done)
     for row, prompt, length, tokens in zip(state.tokens, PROMPTS, state.length, free, strict=True):

@@ -122,7 +122,7 @@ def test_decoding_is_in_place(batch):
     config = _config()
     params = init(config, jax.random.key(0))
     sampler = make_sampler(batch)
-    state = start(config, params, [[1, 2, 3]] * batch, 32000 // batch, sampler, ())
+    state, _ = start(config, params, [[1, 2, 3]] * batch, 32000 // batch, sampler, ())
     compiled = decode_loop.lower(config, params, state, sampler, ()).compile()
     layer = state.cache[0]
     shape = ",".join(map(str, layer.keys.shape))

@@ -28,8 +28,8 @@ from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train.loop import Evaluate, Log, Pace, Step, fit
+from jaxopt_models.train.model_job import context_of, first_state, make_step, measurement
 from jaxopt_models.train.rows import training_batches, training_rows
-from jaxopt_models.train.run import context_of, first_state, make_step, measurement
 from jaxopt_models.train.settings import RunSettings
 from jaxopt_models.train.student import student_of
 
@@ -227,7 +227,7 @@ def _check(begins: Mapping[str, str]) -> None:
 
 
 def _exactly(teacher: Model, settings: RunSettings) -> Evaluate:
-    """`run.measurement` with float32 products, which a GPU rounds to TF32 otherwise."""
+    """`model_job.measurement` with float32 products, which a GPU rounds to TF32 otherwise."""
     with jax.default_matmul_precision("highest"):
         measure = measurement(teacher.config, teacher, settings)
 

@@ -19,7 +19,7 @@ from jaxopt_models.bench.peer import circumstances
 from jaxopt_models.bench.quality_results import device_file
 from jaxopt_models.corpus_requests import read_prompts
 from jaxopt_models.data import tokenizer_of
-from jaxopt_models.decoding import decode_loop, new_tokens, prompt_room, start
+from jaxopt_models.decoding import decode_loop, new_tokens, start
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -217,14 +217,15 @@ def _batch(
     sampler = make_sampler(size, temperature=setting.temperature, request_ids=ids)
     stops = tuple(config.eos_token_ids)
     begun = time.perf_counter()
-    decode = start(config, params, prompts, setting.new_tokens, sampler, stops, room)
+    given = config, params, prompts, setting.new_tokens, sampler, stops
     if drafter is None:
+        decode, _ = start(*given, room)
         decode = jax.block_until_ready(decode_loop(config, params, decode, sampler, stops))
         seconds = time.perf_counter() - begun
         passes = np.asarray(decode.length) - [len(prompt) + 1 for prompt in prompts]
         accepted = np.zeros((size, 0), np.int32)
     else:
-        state = begin(decode, drafter, prompt_room(prompts, room))
+        state = begin(*given, drafter, room)
         state = jax.block_until_ready(speculate(config, params, state, drafter, sampler, stops))
         seconds = time.perf_counter() - begun
         decode = state.decode

@@ -9,7 +9,9 @@ from jaxopt_models.distill import losses
 from jaxopt_models.distill.losses import TopK
 from jaxopt_models.errors import UserError
 
-LogitKind = Literal["cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon"]
+LogitKind = Literal[
+    "cross_entropy", "forward_kl", "reverse_kl", "jensen_shannon", "total_variation"
+]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Logits are [..., V] in any float dtype; a loss is float32 [...], in nats. With a
     p = softmax(teacher / T),    q = softmax(student / T),
 
 and divergences are multiplied by T², since their gradients shrink like 1 / T² (Hinton et al. 2015,
-arXiv:1503.02531). A token that one of them gives no probability (a logit of -inf) costs nothing
-where its factor is 0.
+arXiv:1503.02531); the total variation, a probability, is not. A token that one of them gives no
+probability (a logit of -inf) costs nothing where its factor is 0.
 
 All but those of a top k are sums over tokens. Of some tokens only, a loss is their part of the sum
 if it is given the `log_total` of all, float32 [...]: log Σ e^(logits / T), see `log_total`.
@@ -83,6 +83,21 @@ def jensen_shannon(
     log_m = jnp.logaddexp(some_p + jnp.log(beta), some_q + jnp.log1p(-beta))
     mixed = beta * _expected(log_p, log_p, log_m) + (1.0 - beta) * _expected(log_q, log_q, log_m)
     return temperature**2 * mixed
+
+
+def total_variation(
+    student: jax.Array,
+    teacher: jax.Array,
+    temperature: float = 1.0,
+    totals: Totals | None = None,
+) -> jax.Array:
+    """`½ Σ |p - q|`, which is `1 - Σ min(p, q)`: how often a guess of the student is refused by a
+    teacher that takes as many as it can and loses nothing.
+
+    Reference: Leviathan et al. 2022, arXiv:2211.17192.
+    """
+    log_q, log_p = _log_softmaxes(student, teacher, temperature, totals)
+    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)), axis=-1)
 
 
 @struct.dataclass

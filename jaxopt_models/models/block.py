@@ -12,10 +12,15 @@ from jaxopt_models.models.cache import LayerCache
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.moe import moe_feed_forward
 from jaxopt_models.models.projections import project
+from jaxopt_models.models.tree_attention import Branches, tree_attend
 from jaxopt_models.ops import linear
 from kernels_pallas import add_rms_norm, rms_norm, silu_mul
 
 Save = Callable[[str, jax.Array], None]
+
+
+def ignore(name: str, value: jax.Array) -> None:
+    """Saves nothing."""
 
 
 class Recorder:
@@ -81,6 +86,7 @@ def deferred_block(
     kind: AttentionKind,
     wanted: frozenset[str] | None = frozenset(),
     starts: jax.Array | None = None,
+    branches: Branches | None = None,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None, dict[str, jax.Array]]:
     """`block` on a residual stream whose last addition is left to whoever reads it.
 
@@ -88,6 +94,7 @@ def deferred_block(
 
     Args:
       x, update: the residual stream is their sum, or `x` where there is no update; [B, T, D].
+      branches: where there is a cache, if the tokens form a tree.
 
     Returns:
       (x, update, cache, taps by name).
@@ -100,17 +107,17 @@ def deferred_block(
     else:
         x, normed = add_norm("input_layernorm", x, update)
     save("input", x)
-    attended, cache = _attention(
-        config, layer["self_attn"], normed, positions, cache, kind, save, starts
+    attended, cache = attention(
+        config, layer["self_attn"], normed, positions, cache, kind, save, starts, branches
     )
     if config.sandwich_norm:
         attended = norm("post_attention_layernorm", attended)
         x, normed = add_norm("pre_feedforward_layernorm", x, attended)
-        fed = _feed_forward(config, layer["mlp"], normed, save)
+        fed = feed_forward(config, layer["mlp"], normed, save)
         update = norm("post_feedforward_layernorm", fed)
     else:
         x, normed = add_norm("post_attention_layernorm", x, attended)
-        update = _feed_forward(config, layer["mlp"], normed, save)
+        update = feed_forward(config, layer["mlp"], normed, save)
     save("output", x + update)
     return x, update, cache, save.values
 
@@ -141,32 +148,34 @@ def _inside(save: Save, prefix: str) -> Save:
     return lambda name, value: save(f"{prefix}/{name}", value)
 
 
-def _attention(
+def attention(
     config: ModelConfig,
     weights: Mapping[str, Any],
     x: jax.Array,
     positions: jax.Array,
     cache: LayerCache | None,
     kind: AttentionKind,
-    save: Save,
-    starts: jax.Array | None,
+    save: Save = ignore,
+    starts: jax.Array | None = None,
+    branches: Branches | None = None,
 ) -> tuple[jax.Array, LayerCache | None]:
-    batch, length, _ = x.shape
+    """(what attention adds to the residual stream, [B, T, D]; cache).
+
+    Args:
+      weights: of "self_attn"; their inputs may be wider than the residual stream.
+      x: [B, T, K].
+      save: receives taps.
+      positions, cache, kind, starts, branches: as of `deferred_block`.
+    """
     save = _inside(save, "self_attn")
-    query, key, value = (
-        out.reshape(batch, length, -1, config.head_dim)
-        for out in project(weights, "qkv_proj", x, save)
-    )
-    if config.qk_norm:
-        eps, offset = config.rms_norm_eps, config.unit_offset_norm
-        query = rms_norm(query, weights["q_norm"]["weight"], eps, offset)
-        key = rms_norm(key, weights["k_norm"]["weight"], eps, offset)
+    query, key, value = queries_keys_values(config, weights, x, save)
     rope, quantizer = config.rope if kind == "full" else config.local_rope, weights.get("kv_cache")
+    slots = positions if branches is None else branches.slots
     if cache is None or quantizer is not None:
         query, key = rotate(query, positions, rope), rotate(key, positions, rope)
     else:
         turned = angles(positions, rope, config.head_dim)
-        query, key, cache = cache.append_rotated(query, key, value, positions, turned)
+        query, key, cache = cache.append_rotated(query, key, value, slots, turned)
     save("query", query)
     save("key", key)
     save("value", value)
@@ -185,14 +194,33 @@ def _attention(
         mixed = self_attend(query, key, value, starts=starts, **scores)
     else:
         if quantizer is not None:
-            cache = cache.append(key, value, positions, quantizer)
+            cache = cache.append(key, value, slots, quantizer)
         key, value = cache.read(x.dtype, quantizer)
-        mixed = cached_attend(query, key, value, positions, **scores)
-    mixed = mixed.reshape(batch, length, -1)
-    return _linear(weights, "o_proj", mixed, save), cache
+        if branches is None:
+            mixed = cached_attend(query, key, value, positions, **scores)
+        else:
+            mixed = tree_attend(query, key, value, branches, **scores)
+    return _linear(weights, "o_proj", mixed.reshape(*x.shape[:2], -1), save), cache
 
 
-def _feed_forward(config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, save: Save):
+def queries_keys_values(
+    config: ModelConfig, weights: Mapping[str, Any], x: jax.Array, save: Save = ignore
+) -> list[jax.Array]:
+    """Queries [B, T, H, d], keys and values [B, T, G, d] before rotary embedding."""
+    query, key, value = (
+        out.reshape(*x.shape[:2], -1, config.head_dim)
+        for out in project(weights, "qkv_proj", x, save)
+    )
+    if config.qk_norm:
+        eps, offset = config.rms_norm_eps, config.unit_offset_norm
+        query = rms_norm(query, weights["q_norm"]["weight"], eps, offset)
+        key = rms_norm(key, weights["k_norm"]["weight"], eps, offset)
+    return [query, key, value]
+
+
+def feed_forward(
+    config: ModelConfig, mlp: Mapping[str, Any], x: jax.Array, save: Save = ignore
+) -> jax.Array:
     """`down(activate(gate x) · up x)`, of one dense network or of each token's experts."""
     activate, save = activation(config), _inside(save, "mlp")
     if "experts" in mlp:

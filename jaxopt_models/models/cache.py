@@ -73,6 +73,20 @@ class LayerCache:
 KVCache = tuple[LayerCache, ...]
 
 
+def moved(cache: KVCache, sources: jax.Array, slots: jax.Array) -> KVCache:
+    """What is at some slots, also at others: of each row, slot sources[n] to slots[n].
+
+    Args:
+      sources, slots: int32 [B, N]; a slot >= S is dropped. All is read before it is written.
+    """
+
+    def rows(array: jax.Array) -> jax.Array:
+        found = jnp.take_along_axis(array, sources[:, None, :, None], axis=2)
+        return jnp.swapaxes(found, 1, 2)
+
+    return tuple(reference.write_slots(one, jax.tree.map(rows, one), slots) for one in cache)
+
+
 def empty_cache(
     config: ModelConfig, params: Any, batch: int, capacity: int, dtype: Any = None
 ) -> KVCache:

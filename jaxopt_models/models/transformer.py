@@ -20,8 +20,7 @@ from jax.sharding import Sharding
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
-from jaxopt_models.models.block import block, deferred_block
-from jaxopt_models.models.cache import KVCache
+from jaxopt_models.models.block import block
 from jaxopt_models.models.config import AttentionKind, ModelConfig
 from jaxopt_models.models.repeated import run_layers
 from jaxopt_models.ops import embed, linear
@@ -233,44 +232,6 @@ def _matching_taps(
     return {name for name in names if tree.matches(name, patterns)}
 
 
-def prefill(
-    config: ModelConfig, params: Any, tokens: jax.Array, lengths: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Runs prompts and fills the cache with their keys and values.
-
-    Args:
-      tokens: int32 [B, T], padded on the right; what stands behind a prompt does not matter.
-      lengths: int32 [B], tokens of each prompt, at least 1.
-      cache: from `cache.empty_cache`, capacity at least T.
-
-    Returns:
-      (float32 [B, V] logits after each prompt's last token, cache).
-    """
-    stream, cache = _cached(config, params, tokens, positions_of(tokens), cache)
-    last = jax.tree.map(
-        lambda part: jnp.take_along_axis(part, (lengths - 1)[:, None, None], axis=1), stream
-    )
-    return logits(config, params, final_norm(config, params, *last))[:, 0], cache
-
-
-def decode_step(
-    config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache]:
-    """Continues each row by N given tokens.
-
-    Args:
-      tokens: int32 [B, N].
-      positions: int32 [B, N]; rows may stand at different positions. Keys and values are written at
-        these slots; one past the capacity is dropped.
-      cache: holds every earlier position of each row.
-
-    Returns:
-      (float32 [B, N, V] logits after each token, cache).
-    """
-    stream, cache = _cached(config, params, tokens, positions, cache)
-    return logits(config, params, final_norm(config, params, *stream)), cache
-
-
 def embed_tokens(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """First residual stream, [B, T, D] in the compute dtype."""
     x = embed(tokens, params["embed_tokens"]["weight"], config.dtype)
@@ -297,17 +258,6 @@ def output_head(params: Any) -> dict[str, Any]:
     """The parameters that `logits` reads."""
     name = "lm_head" if "lm_head" in params else "embed_tokens"
     return {name: params[name]}
-
-
-def _cached(
-    config: ModelConfig, params: Any, tokens: jax.Array, positions: jax.Array, cache: KVCache
-) -> tuple[tuple[jax.Array, jax.Array | None], KVCache]:
-    """((x, update), whose sum is the residual stream behind the layers; cache)."""
-    x, update, entries = embed_tokens(config, params, tokens), None, []
-    for kind, layer, entry in zip(config.attention_kinds, params["layers"], cache, strict=True):
-        x, update, entry, _ = deferred_block(config, layer, x, update, positions, entry, kind=kind)
-        entries.append(entry)
-    return (x, update), tuple(entries)
 
 
 def positions_of(x: jax.Array) -> jax.Array:

@@ -4,9 +4,22 @@ generate(config, params, prompts, draft=NGram())
 generate(config, params, prompts, draft=DraftModel(small.config, small.params, count=4))
 """
 
-from jaxopt_models.speculative.draft import Drafter
+from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
+from jaxopt_models.speculative.eagle3 import Eagle3, init_eagle3
 from jaxopt_models.speculative.loop import begin, speculate
 from jaxopt_models.speculative.ngram import NGram
+from jaxopt_models.speculative.tree import Guess
 
-__all__ = ["DraftModel", "Drafter", "NGram", "begin", "speculate"]
+__all__ = [
+    "DraftModel",
+    "Drafter",
+    "Eagle3",
+    "Guess",
+    "NGram",
+    "Seen",
+    "Target",
+    "begin",
+    "init_eagle3",
+    "speculate",
+]

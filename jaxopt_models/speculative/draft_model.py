@@ -15,9 +15,11 @@ from jax import lax
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.cache import KVCache, empty_cache
+from jaxopt_models.models.cached import decode_step, prefill
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import decode_step, prefill
 from jaxopt_models.sampling import Sampler
+from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.tree import Guess
 
 
 @struct.dataclass
@@ -45,21 +47,37 @@ class DraftModel:
                 f"model {config.vocab_size}; they have to share a tokenizer"
             )
 
-    def begin(self, prompts: jax.Array, lengths: jax.Array, capacity: int) -> KVCache:
+    @property
+    def depth(self) -> int:
+        return self.count
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def begin(
+        self,
+        target: Target,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        features: jax.Array,
+        capacity: int,
+    ) -> KVCache:
         """Its cache, with the prompts."""
         cache = empty_cache(self.config, self.params, prompts.shape[0], capacity)
         return prefill(self.config, self.params, prompts, lengths, cache)[1]
 
     def propose(
-        self, state: KVCache, tokens: jax.Array, length: jax.Array, sampler: Sampler
-    ) -> tuple[jax.Array, KVCache]:
+        self, target: Target, state: KVCache, seen: Seen, sampler: Sampler
+    ) -> tuple[Guess, KVCache]:
         """See `Drafter`.
 
         Of the last guess, if all of it was taken, the last token was never fed. So the last two
         tokens are fed, always: what is there already is written again.
         """
+        length = seen.length
         places = length[:, None] + jnp.arange(-2, 0, dtype=jnp.int32)[None]
-        known = jnp.take_along_axis(tokens, places, axis=1)
+        known = jnp.take_along_axis(seen.tokens, places, axis=1)
         logits, cache = decode_step(self.config, self.params, known, places, state)
         first = sampler(logits[:, -1:], length[:, None])
 
@@ -72,4 +90,4 @@ class DraftModel:
 
         ahead = jnp.arange(self.count - 1, dtype=jnp.int32)
         (_, cache), more = lax.scan(step, (first, cache), ahead)
-        return jnp.concatenate([first, more.T], axis=1), cache
+        return Guess(jnp.concatenate([first, more.T], axis=1)), cache

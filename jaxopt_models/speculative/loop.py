@@ -1,23 +1,24 @@
 """Draft, verify, accept, commit: speculative decoding as one `lax.while_loop` on the device.
 
-The model is run on a row's last token and the guesses that follow it, in one pass. At each of these
-places it takes the token that it would take there anyway, with noise that belongs to the request
-and the position. The guesses that equal those tokens are right, up to the first that is not; the
-token after the last right one comes for free:
+The model is run on a row's last token and the guesses that follow it, a chain or a tree of them, in
+one pass. Behind each of them it takes the token that it would take there anyway, with noise that
+belongs to the request and the position. From the last token on, the way is followed on which every
+guess is the token that was taken; the token behind the last right one comes for free:
 
-    y_i = choice(logits after d_1..d_i; noise of position length + i)        i = 0..K
-    n   = the most for which d_i = y_{i-1} for all i <= n                    commit y_0..y_n
+    y_i = choice(logits behind node i; noise of position length + depth_i)       i = 0..N
+    w   = the longest way 0 = w_0, w_1, …, w_n with tokens w_j = y_{w_(j-1)}     commit y_w0..y_wn
 
 Whatever the draft, the committed tokens are those of generation one by one, at any temperature: a
 token depends on what is before it and on its own noise, and on no guess. No probability of the
-draft's is needed. References: Leviathan et al. 2022, arXiv:2211.17192; Daliri et al. 2024,
-arXiv:2408.07978.
+draft's is needed. References: Leviathan et al. 2022, arXiv:2211.17192; Miao et al. 2023,
+arXiv:2305.09781; Daliri et al. 2024, arXiv:2408.07978.
 
-Equality holds to the last bit where a pass over K + 1 tokens computes what K + 1 passes do. In
+Equality holds to the last bit where a pass over N + 1 tokens computes what N + 1 passes do. In
 bfloat16 on a GPU other kernels round in another order, so where two tokens are nearly as likely
 either may be taken.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,11 +27,14 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from jaxopt_models.decoding import ENDLESS, DecodeState, commit, run_passes
+from jaxopt_models.decoding import ENDLESS, DecodeState, commit, run_passes, start
+from jaxopt_models.models.cache import KVCache, moved
+from jaxopt_models.models.cached import decode_step_with_features
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import decode_step
+from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Drafter
+from jaxopt_models.speculative.draft import Drafter, Seen, Target
+from jaxopt_models.speculative.tree import Topology, chain, follow
 
 
 @struct.dataclass
@@ -41,38 +45,61 @@ class SpeculativeState:
       decode: as in plain generation. The cache holds positions 0..length-2 of each row; behind them
         are remains of wrong guesses, which are overwritten before a query sees them.
       draft: what the drafter carries.
+      features, count: what the drafter is to see next, see `Seen`.
       passes: int32 [B], runs of the model while the row was not done.
-      accepted: int32 [B, K], in how many of them the i-th guess was right, as all before it.
+      accepted: int32 [B, depth], in how many of them a guess was right so far from the last token.
     """
 
     decode: DecodeState
     draft: Any
+    features: jax.Array
+    count: jax.Array
     passes: jax.Array
     accepted: jax.Array
 
 
-def begin(state: DecodeState, drafter: Drafter, prompt_room: int) -> SpeculativeState:
-    """The state before the first pass.
+def begin(
+    config: ModelConfig,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampler: Sampler,
+    stops: tuple[int, ...],
+    drafter: Drafter,
+    max_prompt_tokens: int = 1,
+) -> SpeculativeState:
+    """The state before the first pass: prompts are run, by the model and by the drafter.
 
     Args:
-      state: from `decoding.start`.
+      config, params, prompts, max_new_tokens, sampler, stops, max_prompt_tokens: see
+        `decoding.start`.
       drafter: guesses.
-      prompt_room: first columns of the tokens, in which all prompts lie; see
-        `decoding.prompt_room`.
     """
-    batch, capacity = state.tokens.shape
-    prompts = state.tokens[:, :prompt_room]
+    # A tree's nodes are at slots that its positions do not reach.
+    spare = 0 if drafter.depth == drafter.count else drafter.count
+    rule = sampler, stops, max_prompt_tokens
+    state, features = start(config, params, prompts, max_new_tokens, *rule, drafter.layers, spare)
+    draft, last = _begun(Target(config, params), drafter, state.tokens, state.length, features)
+    batch = len(prompts)
     return SpeculativeState(
         decode=state,
-        draft=_begun(drafter, prompts, state.length - 1, capacity),
+        draft=draft,
+        features=last,
+        count=jnp.ones(batch, jnp.int32),
         passes=jnp.zeros(batch, jnp.int32),
-        accepted=jnp.zeros((batch, drafter.count), jnp.int32),
+        accepted=jnp.zeros((batch, drafter.depth), jnp.int32),
     )
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _begun(drafter: Drafter, prompts: jax.Array, lengths: jax.Array, capacity: int) -> Any:
-    return drafter.begin(prompts, lengths, capacity)
+@jax.jit
+def _begun(
+    target: Target, drafter: Drafter, tokens: jax.Array, length: jax.Array, features: jax.Array
+) -> tuple[Any, jax.Array]:
+    """(what the drafter carries, the features of each prompt's last token)."""
+    prompts, lengths = tokens[:, : features.shape[1]], length - 1
+    draft = drafter.begin(target, prompts, lengths, features, tokens.shape[1])
+    last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)
+    return draft, jnp.pad(last, ((0, 0), (0, drafter.depth), (0, 0)))
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("state",))
@@ -100,29 +127,45 @@ def speculate(
         decode, active = state.decode, ~state.decode.done
         # Tied to the state, so that XLA hoists no dequantized weights out of the loop.
         weights, own, length = jax.lax.optimization_barrier((params, drafter, decode.length))
-        guess, draft = own.propose(state.draft, decode.tokens, length, sampler)
-        places = length[:, None] + jnp.arange(-1, drafter.count, dtype=jnp.int32)[None]
-        last = jnp.take_along_axis(decode.tokens, places[:, :1], axis=1)
-        fed = jnp.concatenate([last, guess], axis=1)
-        logits, cache = decode_step(config, weights, fed, places, decode.cache)
+        seen = Seen(decode.tokens, length, state.features, state.count)
+        guess, draft = own.propose(Target(config, weights), state.draft, seen, sampler)
+        tree = guess.topology or chain(drafter.count)
+        first = length - 1
+        places = first[:, None] + tree.depth
+        last = jnp.take_along_axis(decode.tokens, first[:, None], axis=1)
+        fed = jnp.concatenate([last, guess.tokens], axis=1)
+        branches = None if guess.topology is None else _branches(first, tree)
+        logits, cache, features = decode_step_with_features(
+            config, weights, fed, places, decode.cache, drafter.layers, branches
+        )
         chosen = sampler(logits, places + 1)
-        right = matches(guess, chosen)
-        count = jnp.sum(right, axis=1, dtype=jnp.int32) + 1
+        path, right = follow(guess.tokens, tree, chosen, drafter.depth)
+        if branches is not None:
+            cache = _compacted(cache, first, path, right)
+            chosen = jnp.take_along_axis(chosen, path, axis=1)
+            features = jnp.take_along_axis(features, path[:, :, None], axis=1)
+        reached = jnp.arange(drafter.depth, dtype=jnp.int32)[None] < right[:, None]
         return SpeculativeState(
-            decode=commit(replace(decode, cache=cache), chosen, count, stops),
+            decode=commit(replace(decode, cache=cache), chosen, right + 1, stops),
             draft=draft,
+            features=features,
+            count=right + 1,
             passes=state.passes + active.astype(jnp.int32),
-            accepted=state.accepted + (right & active[:, None]).astype(jnp.int32),
+            accepted=state.accepted + (reached & active[:, None]).astype(jnp.int32),
         )
 
     return run_passes(step, state, lambda state: state.decode.done, passes)
 
 
-def matches(guess: jax.Array, chosen: jax.Array) -> jax.Array:
-    """Which guesses are right, as all before them: bool [B, K].
+def _branches(first: jax.Array, tree: Topology) -> Branches:
+    batch, count = len(first), tree.depth.shape[1]
+    depth = jnp.broadcast_to(tree.depth, (batch, count))
+    return Branches(first, depth, jnp.broadcast_to(tree.ancestors, (batch, count, count)))
 
-    Args:
-      guess: int32 [B, K], of the tokens at places 0..K-1.
-      chosen: int32 [B, K + 1], what the model takes at places 0..K, given the guesses before.
-    """
-    return jax.lax.associative_scan(jnp.logical_and, guess == chosen[:, :-1], axis=1)
+
+def _compacted(cache: KVCache, first: jax.Array, path: jax.Array, right: jax.Array) -> KVCache:
+    """What belongs to the nodes of a way, at the slots of their positions."""
+    step = jnp.arange(1, path.shape[1], dtype=jnp.int32)[None]
+    dropped = cache[0].keys.shape[2]
+    slots = jnp.where(step <= right[:, None], first[:, None] + step, dropped)
+    return moved(cache, first[:, None] + path[:, 1:], slots)

@@ -1,22 +1,32 @@
 """Drafters by the names that commands take."""
 
+from jaxopt_models.checkpoint.hub import resolve
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.inference import for_device
+from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.speculative.draft_model import DraftModel
+from jaxopt_models.speculative.eagle3 import Eagle3
+from jaxopt_models.speculative.eagle3_files import is_eagle3, read_eagle3
 from jaxopt_models.speculative.ngram import NGram
 
 
-def load_drafter(name: str, dtype: str | None = None) -> NGram | DraftModel:
+def load_drafter(
+    name: str, target: ModelConfig, dtype: str | None = None
+) -> NGram | DraftModel | Eagle3:
     """What guesses, with as many tokens of a guess as its kind has by default.
 
     Args:
-      name: "ngram", or a model as `load` takes it.
-      dtype: of the model's activations; None is the checkpoint's.
+      name: "ngram", the directory of an EAGLE-3 head, or a model as `load` takes it.
+      target: the model that it is to guess for.
+      dtype: of the activations of a head or a model; None is the model's, or the checkpoint's.
 
     Raises:
-      UserError: for a model that cannot be found or read.
+      UserError: for a head or model that cannot be found or read.
     """
     if name == "ngram":
         return NGram()
+    found = resolve(name)
+    if is_eagle3(found):
+        return read_eagle3(found, target, dtype=dtype or target.dtype)
     loaded = load(name, dtype=dtype)
     return DraftModel(loaded.config, for_device(loaded.config, loaded.params))

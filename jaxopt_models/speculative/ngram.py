@@ -12,6 +12,8 @@ from flax import struct
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
+from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.tree import Guess
 
 
 @struct.dataclass
@@ -35,14 +37,29 @@ class NGram:
     def check(self, config: ModelConfig) -> None:
         """It goes with every model."""
 
-    def begin(self, prompts: jax.Array, lengths: jax.Array, capacity: int) -> None:
+    @property
+    def depth(self) -> int:
+        return self.count
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return ()
+
+    def begin(
+        self,
+        target: Target,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        features: jax.Array,
+        capacity: int,
+    ) -> None:
         """It carries nothing."""
 
     def propose(
-        self, state: None, tokens: jax.Array, length: jax.Array, sampler: Sampler
-    ) -> tuple[jax.Array, None]:
+        self, target: Target, state: None, seen: Seen, sampler: Sampler
+    ) -> tuple[Guess, None]:
         """See `Drafter`. Without a match the last token is repeated."""
-        return copied(tokens, length, self.count, self.longest), None
+        return Guess(copied(seen.tokens, seen.length, self.count, self.longest)), None
 
 
 def copied(tokens: jax.Array, length: jax.Array, count: int, longest: int) -> jax.Array:

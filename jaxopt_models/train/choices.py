@@ -173,6 +173,27 @@ class TeacherCache(Strict):
         return taught[0].temperature
 
 
+class DraftHead(Strict):
+    """A head that guesses for the model, see `speculative.eagle3`.
+
+    Attributes:
+      vocabulary: how many tokens it may say, those that the text has most of; None is all.
+      layers: of the model, whose residual streams it reads; None is one early, middle and late.
+      intermediate_size: of its feed-forward network; None is the model's.
+      steps: ahead of the text that are trained; what each counts for, of the one before, is its
+        `decay`.
+      count: tokens of a guess, as the head is saved.
+    """
+
+    kind: Literal["eagle3"] = "eagle3"
+    vocabulary: StrictInt | None = Field(default=None, ge=1)
+    layers: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
+    intermediate_size: StrictInt | None = Field(default=None, ge=1)
+    steps: StrictInt = Field(default=5, ge=1)
+    decay: float = Field(default=0.8, gt=0, le=1)
+    count: StrictInt = Field(default=5, ge=1)
+
+
 class Evaluation(Strict):
     """What is measured of the model: windows of a text, every so many steps and at the end."""
 

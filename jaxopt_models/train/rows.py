@@ -1,5 +1,6 @@
 """What is trained on: rows of the text, what the teacher says of them, and batches of both."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxopt_models import data
 from jaxopt_models.distill import teacher_cache
@@ -16,11 +18,12 @@ from jaxopt_models.distill.losses import TopK
 from jaxopt_models.documents import pack_documents, read_documents
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress
-from jaxopt_models.sharding import shard
-from jaxopt_models.sharding_rules import TRAINING_RULES, batch_spec, rows_spec
+from jaxopt_models.sharding import place, shard
+from jaxopt_models.sharding_rules import BATCH, TRAINING_RULES, batch_spec, rows_spec
 from jaxopt_models.train.leaves import cast
 from jaxopt_models.train.objectives import Term, logit_losses
 from jaxopt_models.train.settings import RunSettings
+from jaxopt_models.train.step import TrainState
 
 
 def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
@@ -37,6 +40,26 @@ def training_rows(model: Model, settings: RunSettings) -> dict[str, np.ndarray]:
 def sharded(params: Any, mesh: Mesh | None) -> Any:
     """Parameters on the devices that train, by the rules of training; None leaves them."""
     return params if mesh is None else shard(params, mesh, TRAINING_RULES)
+
+
+def places_of(state: TrainState, mesh: Mesh | None) -> TrainState | None:
+    """Where its arrays lie on a mesh."""
+    return None if mesh is None else jax.tree.map(lambda array: array.sharding, state)
+
+
+def evaluation_batches(model: Model, settings: RunSettings, mesh: Mesh | None = None) -> list[Any]:
+    """Windows of the text that is measured on, int32 [B, T] each, on the devices of a mesh."""
+    chosen = settings.evaluation
+    text = data.load_text(chosen.text, "evaluation")
+    batches = data.token_batches(model, text, chosen.windows, chosen.length, settings.batch)
+    return batches if mesh is None else [_shared(batch, mesh) for batch in batches]
+
+
+def _shared(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """On the devices of a mesh: its rows among them, or all of it on each if they do not divide."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH)
+    spec = rows_spec(mesh) if len(batch) % shares == 0 else P()
+    return place(batch, NamedSharding(mesh, spec))
 
 
 def cached_teacher(

@@ -3,6 +3,7 @@
     model: smollm2-135m
     recipe: nvfp4               # qat, qad: what it is quantized to, a preset or a file
     student: pruned/            # distill: who learns from the model
+    head: {vocabulary: 16384}   # draft: what guesses for the model
     text: builtin               # or a file, or hf:NAME
     packing: stream             # or documents, of which each attends to itself only
     learn: all                  # or assistant, in conversations
@@ -15,7 +16,8 @@
     teacher_cache: {directory: teacher, top_k: 64}  # if the teacher is to run once, not each step
     evaluation: {text: builtin, windows: 16, every: 100}
 
-Everything but the model, and the recipe or the student, has a default.
+Everything but the model, and the recipe or the student, has a default. A model that is quantized is
+named by its checkpoint, to train what guesses for it.
 """
 
 import math
@@ -42,6 +44,7 @@ from jaxopt_models.train.adapters import adapter_arrays
 from jaxopt_models.train.choices import (
     Adapters,
     Calibration,
+    DraftHead,
     Evaluation,
     LossChoice,
     Optimizer,
@@ -50,7 +53,7 @@ from jaxopt_models.train.choices import (
 from jaxopt_models.train.leaves import ScaleMode
 from jaxopt_models.train.objectives import QAD, QAT, Term, logit_losses
 
-Technique = Literal["qat", "qad", "distill"]
+Technique = Literal["qat", "qad", "distill", "draft"]
 
 
 class RunSettings(Strict):
@@ -79,6 +82,7 @@ class RunSettings(Strict):
     model: str
     recipe: str | None = None
     student: str | None = None
+    head: DraftHead | None = None
     scales: ScaleMode = "dynamic"
     gradient: Gradient = "identity"
     begin: Literal["original", "quantized"] = "original"
@@ -164,7 +168,13 @@ class RunSettings(Strict):
         Raises:
           UserError: for the first of them.
         """
-        if technique == "distill":
+        if technique == "draft":
+            self._check_draft()
+        elif self.head is not None:
+            raise UserError(
+                f"a 'head' guesses for a model and goes with draft, not with {technique}"
+            )
+        elif technique == "distill":
             if self.student is None:
                 raise UserError("distill needs a 'student', who learns from the model")
             if self.recipe is not None:
@@ -183,6 +193,17 @@ class RunSettings(Strict):
                 )
         if self.teacher_cache is not None:
             self.teacher_cache.temperature(logit_losses(self.terms(technique)))
+        self._check_rows()
+
+    def _check_draft(self) -> None:
+        """A head stands beside a model that stays as it is."""
+        for name in ("recipe", "student", "adapters", "teacher_cache"):
+            if getattr(self, name) is not None:
+                raise UserError(f"draft trains a head for a model that stays; leave out {name!r}")
+        if len(logit_losses(self.terms("draft"))) != len(self.terms("draft")):
+            raise UserError("draft is trained for next tokens; hidden states go with distill")
+
+    def _check_rows(self) -> None:
         if self.learn == "assistant" and self.packing != "documents":
             raise UserError("learning what the assistant says needs packing: documents")
         if self.batch % self.parts:

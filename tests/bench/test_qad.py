@@ -14,7 +14,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.train import run
+from jaxopt_models.train import model_job
 from jaxopt_models.train.settings import RunSettings
 
 RECIPE = "int4"
@@ -63,10 +63,10 @@ def measured(model, tmp_path_factory):
         loss = next_token_loss(*arguments)
         return lambda *own: traced.append(arguments) or loss(*own)
 
-    next_token_loss = run.next_token_loss
+    next_token_loss = model_job.next_token_loss
     with pytest.MonkeyPatch.context() as patch:
         home = texts(tmp_path_factory.mktemp("qad"), model, patch)
-        patch.setattr(run, "next_token_loss", counting)
+        patch.setattr(model_job, "next_token_loss", counting)
         result = bench_qad(settings(home), [RECIPE], (0, 1), out=home / "qad.json")
     return home / "qad.json", result, len(traced)
 

@@ -20,15 +20,10 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.generate import generate
 from jaxopt_models.kv_quantizer import KVQuantizer, with_kv_cache
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
+from jaxopt_models.models.cached import decode_step, prefill
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
-from jaxopt_models.models.transformer import (
-    decode_step,
-    forward,
-    forward_with_taps,
-    init,
-    prefill,
-)
+from jaxopt_models.models.transformer import forward, forward_with_taps, init
 from jaxopt_models.quantize.kv import KVChoice, kv_measure, kv_quantizer
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.sharding import make_mesh, shard

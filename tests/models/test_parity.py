@@ -12,8 +12,9 @@ import pytest
 
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.models.cache import empty_cache
+from jaxopt_models.models.cached import decode_step, prefill
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import decode_step, forward, forward_with_taps, prefill
+from jaxopt_models.models.transformer import forward, forward_with_taps
 
 _GOLDEN = Path(__file__).parents[1] / "golden" / "hf"
 _NAMES = sorted(p.stem for p in _GOLDEN.glob("*.npz") if not p.stem.endswith("_real"))

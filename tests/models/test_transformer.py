@@ -14,17 +14,16 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models import attention
 from jaxopt_models.models.attention import cached_attend, rotate, self_attend
 from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
+from jaxopt_models.models.cached import decode_step, prefill
 from jaxopt_models.models.config import Rope
 from jaxopt_models.models.moe import moe_feed_forward, route
 from jaxopt_models.models.transformer import (
     abstract_params,
-    decode_step,
     forward,
     forward_with_taps,
     hidden_states,
     hidden_states_with_layers,
     init,
-    prefill,
 )
 from jaxopt_models.qtensor import QTensor, quantize_array
 from kernels_pallas import reference

@@ -72,6 +72,7 @@ def brute_force(config, path: str, leaf: Any, rows: np.ndarray, monkeypatch) -> 
     routed = weight.ndim == 3
     names = ["moe"] if routed else ["block", "projections"]
     modules = [import_module(f"jaxopt_models.models.{name}") for name in names]
+    layers = import_module("jaxopt_models.models.block")
     original = expert_linear if routed else linear
     tap = path.removesuffix("weight") + "input"
     taps = [tap] + (["layers/*/group_sizes"] if routed else [])
@@ -90,8 +91,8 @@ def brute_force(config, path: str, leaf: Any, rows: np.ndarray, monkeypatch) -> 
                 patch.setattr(module, original.__name__, patched)
             # Without their own jit, weights keep their identity within the one around it all.
             patch.setattr(transformer, "block", inspect.unwrap(transformer.block))
-            deferred = inspect.unwrap(transformer.deferred_block)
-            patch.setattr(import_module("jaxopt_models.models.block"), "deferred_block", deferred)
+            deferred = inspect.unwrap(layers.deferred_block)
+            patch.setattr(layers, "deferred_block", deferred)
             log_p = jax.nn.log_softmax(forward(config, params(config), jnp.asarray(rows)))
         targets = jnp.asarray(rows)[:, 1:, None]
         return -jnp.sum(jnp.take_along_axis(log_p[:, :-1], targets, axis=2))

@@ -16,10 +16,9 @@ import pytest
 from flax import struct
 from small_models import LLAMA, MIXTRAL, PROMPTS, SLIDING
 
-from jaxopt_models.decoding import DecodeState, start
 from jaxopt_models.errors import UserError
 from jaxopt_models.generate import generate
-from jaxopt_models.models.cache import cache_bytes, empty_cache
+from jaxopt_models.models.cache import cache_bytes
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import abstract_params, init
@@ -27,13 +26,19 @@ from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import DraftModel, NGram, begin, loop, speculate
+from jaxopt_models.speculative import tree as tree_module
+from jaxopt_models.speculative.draft import Guess
 from jaxopt_models.speculative.ngram import copied
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "warm": {"temperature": 0.7},
-    "mixed": {"temperature": [0.0, 1.0, 1.0], "top_p": [1.0, 0.9, 1.0], "top_k": [0, 0, 20]},
+    "mixed": {
+        "temperature": [0.0, 1.0, 1.0, 0.7],
+        "top_p": [1.0, 0.9, 1.0, 1.0],
+        "top_k": [0, 0, 20, 0],
+    },
 }
+ROWS = [*PROMPTS, PROMPTS[1]]
 
 
 @functools.cache
@@ -55,16 +60,22 @@ class Noise:
     """Guesses without sense, others each time."""
 
     count: int = struct.field(pytree_node=False)
+    layers: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    @property
+    def depth(self) -> int:
+        return self.count
 
     def check(self, config: ModelConfig) -> None:
         pass
 
-    def begin(self, prompts: Any, lengths: Any, capacity: int) -> jax.Array:
+    def begin(self, target: Any, prompts: Any, lengths: Any, features: Any, capacity: int) -> Any:
         return jnp.zeros((), jnp.int32)
 
-    def propose(self, state: Any, tokens: Any, length: Any, sampler: Any) -> Any:
+    def propose(self, target: Any, state: Any, seen: Any, sampler: Any) -> Any:
         key = jax.random.fold_in(jax.random.key(3), state)
-        return jax.random.randint(key, (len(length), self.count), 0, 64), state + 1
+        tokens = jax.random.randint(key, (len(seen.length), self.count), 0, 64)
+        return Guess(tokens), state + 1
 
 
 DRAFTERS = {
@@ -79,18 +90,18 @@ DRAFTERS = {
 @functools.cache
 def plain(sampling: str, stops: tuple[int, ...] = (), most: int = 40) -> list[list[int]]:
     options = SAMPLING[sampling] | {"max_new_tokens": most, "eos_token_ids": stops}
-    return generate(LLAMA, params(LLAMA), PROMPTS, **options).tokens
+    return generate(LLAMA, params(LLAMA), ROWS, **options).tokens
 
 
 # The law
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_tokens_are_those_of_plain_generation(drafter, count, sampling):
     options = SAMPLING[sampling] | {"max_new_tokens": 40, "draft": DRAFTERS[drafter](count)}
-    found = generate(LLAMA, params(LLAMA), PROMPTS, **options)
+    found = generate(LLAMA, params(LLAMA), ROWS, **options)
     assert found.tokens == plain(sampling)
     assert found.acceptance_length is not None
     assert all(1.0 <= length <= count + 1 for length in found.acceptance_length)
@@ -103,7 +114,7 @@ def test_rows_stop_inside_of_what_was_accepted(drafter):
     stops = (next(t for t in free[1][2:8] if t not in free[2]), free[2][9])
     for most in (1, 2, 7, 40):
         options = SAMPLING["mixed"] | {"max_new_tokens": most, "eos_token_ids": stops}
-        found = generate(LLAMA, params(LLAMA), PROMPTS, draft=DRAFTERS[drafter](5), **options)
+        found = generate(LLAMA, params(LLAMA), ROWS, draft=DRAFTERS[drafter](5), **options)
         assert found.tokens == plain("mixed", stops, most)
     assert len(plain("mixed", stops)[1]) < 40
 
@@ -131,9 +142,9 @@ def test_a_row_gets_the_same_tokens_alone_and_in_any_batch():
 @pytest.mark.parametrize("config", [SLIDING, MIXTRAL], ids=["sliding", "mixtral"])
 def test_of_windows_and_experts_too(config):
     options: dict[str, Any] = {"max_new_tokens": 24} | SAMPLING["mixed"]
-    expected = generate(config, params(config), PROMPTS, **options).tokens
+    expected = generate(config, params(config), ROWS, **options).tokens
     for draft in (NGram(), DraftModel(config, params(config), 3)):
-        found = generate(config, params(config), PROMPTS, draft=draft, **options)
+        found = generate(config, params(config), ROWS, draft=draft, **options)
         assert found.tokens == expected
 
 
@@ -142,9 +153,9 @@ def test_of_quantized_models_with_quantized_drafts_too(recipe):
     calibration = [jnp.asarray([PROMPTS[2]], jnp.int32)]
     model, _ = quantize(Model(LLAMA, params(LLAMA)), Recipe.load(recipe), calibration)
     options: dict[str, Any] = {"max_new_tokens": 24} | SAMPLING["mixed"]
-    expected = generate(LLAMA, model, PROMPTS, **options).tokens
+    expected = generate(LLAMA, model, ROWS, **options).tokens
     for draft in ("ngram", DraftModel(LLAMA, model, 3), DraftModel(LLAMA, params(LLAMA), 3)):
-        assert generate(LLAMA, model, PROMPTS, draft=draft, **options).tokens == expected
+        assert generate(LLAMA, model, ROWS, draft=draft, **options).tokens == expected
 
 
 # How good a guess is
@@ -156,8 +167,8 @@ def test_a_model_guesses_for_itself_without_a_mistake(count, sampling):
     """Also where it samples: both take the noise of the place."""
     options = SAMPLING[sampling] | {"max_new_tokens": 1 + 6 * (count + 1)}
     draft = DraftModel(LLAMA, params(LLAMA), count)
-    found = generate(LLAMA, params(LLAMA), PROMPTS, draft=draft, **options)
-    assert found.acceptance_length == [count + 1.0] * 3
+    found = generate(LLAMA, params(LLAMA), ROWS, draft=draft, **options)
+    assert found.acceptance_length == [count + 1.0] * 4
 
 
 def test_the_better_the_guess_the_longer_it_is_right():
@@ -173,9 +184,9 @@ def test_the_better_the_guess_the_longer_it_is_right():
 
 def test_what_was_accepted_is_counted_by_place():
     sampler = make_sampler(3)
-    state = start(LLAMA, params(LLAMA), PROMPTS, 40, sampler, ())
     draft = DraftModel(LLAMA, near(), 4)
-    found = speculate(LLAMA, params(LLAMA), begin(state, draft, 128), draft, sampler, ())
+    state = begin(LLAMA, params(LLAMA), PROMPTS, 40, sampler, (), draft)
+    found = speculate(LLAMA, params(LLAMA), state, draft, sampler, ())
     accepted = np.asarray(found.accepted)
     assert np.all(np.diff(accepted, axis=1) <= 0)  # none is right behind a wrong one
     assert np.all(accepted[:, 0] <= found.passes)
@@ -224,26 +235,34 @@ def broken(monkeypatch):
 
 
 def said(draft: Any) -> list[list[int]]:
-    return generate(LLAMA, params(LLAMA), PROMPTS, max_new_tokens=40, draft=draft).tokens
+    return generate(LLAMA, params(LLAMA), ROWS, max_new_tokens=40, draft=draft).tokens
 
 
 def test_accepting_one_guess_too_many_is_seen(broken):
-    def generous(guess: jax.Array, chosen: jax.Array) -> jax.Array:
-        right = jnp.cumprod(guess == chosen[:, :-1], axis=1).astype(bool)
-        return jnp.pad(right[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    def generous(tokens: Any, tree: Any, chosen: Any, deepest: int) -> Any:
+        path, right = tree_module.follow(tokens, tree, chosen, deepest)
+        return path, jnp.minimum(right + 1, deepest)
 
-    broken("matches", generous)
+    broken("follow", generous)
     assert said(DRAFTERS["bad"](3)) != plain("greedy")
 
 
 def test_accepting_behind_a_wrong_guess_is_seen(broken):
-    broken("matches", lambda guess, chosen: guess == chosen[:, :-1])
+    def blind(tokens: Any, tree: Any, chosen: Any, deepest: int) -> Any:
+        path, _ = tree_module.follow(tokens, tree, chosen, deepest)
+        return path, jnp.sum(tokens == chosen[:, :-1], axis=1, dtype=jnp.int32)
+
+    broken("follow", blind)
     assert said(DRAFTERS["near"](4)) != plain("greedy")
 
 
 def test_a_place_too_far_is_seen(broken):
-    step = loop.decode_step
-    broken("decode_step", lambda c, w, fed, places, cache: step(c, w, fed, places + 1, cache))
+    step = loop.decode_step_with_features
+
+    def far(config: Any, params: Any, fed: Any, places: Any, *others: Any) -> Any:
+        return step(config, params, fed, places + 1, *others)
+
+    broken("decode_step_with_features", far)
     assert said(NGram(count=3)) != plain("greedy")
 
 
@@ -251,12 +270,12 @@ def test_a_place_too_far_is_seen(broken):
 class Holed(DraftModel):
     """Loses the token before the last, as one that feeds the last alone after a right guess."""
 
-    def propose(self, state: Any, tokens: Any, length: Any, sampler: Any) -> Any:
+    def propose(self, target: Any, state: Any, seen: Any, sampler: Any) -> Any:
         def without(keys: jax.Array) -> jax.Array:
-            rows = jnp.arange(len(length))
-            return keys.at[rows, :, length - 2].set(0.0)
+            rows = jnp.arange(len(seen.length))
+            return keys.at[rows, :, seen.length - 2].set(0.0)
 
-        guess, cache = super().propose(state, tokens, length, sampler)
+        guess, cache = super().propose(target, state, seen, sampler)
         holed = tuple(replace(one, keys=without(one.keys)) for one in cache)
         return guess, holed
 
@@ -274,19 +293,15 @@ def test_a_hole_in_a_draft_s_cache_is_seen():
 @pytest.mark.parametrize("draft", ["ngram", "model"])
 def test_caches_are_updated_in_place(draft):
     """Of the compiled loop, which is not run."""
-
-    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    model, batch, capacity = abstract_params(LLAMA, jnp.float32), 2, 4096
-    cache = jax.eval_shape(lambda: empty_cache(LLAMA, model, batch, capacity))
-    numbers = {name: array(batch) for name in ("length", "limit")}
-    done = array(batch, dtype=jnp.bool_)
-    decode = DecodeState(array(batch, capacity), **numbers, done=done, cache=cache)
+    model, batch = abstract_params(LLAMA, jnp.float32), 2
     drafter = NGram(count=3) if draft == "ngram" else DraftModel(LLAMA, model, 3)
-    state = jax.eval_shape(lambda: begin(zeros(decode), zeros(drafter), 64))
+    sampler, prompts = make_sampler(batch), [[1]] * batch
+    state = jax.eval_shape(
+        lambda: begin(LLAMA, zeros(model), prompts, 4095, sampler, (), zeros(drafter))
+    )
+    cache = state.decode.cache
     compiled: Any = speculate
-    program = compiled.lower(LLAMA, model, state, drafter, make_sampler(batch), (5,)).compile()
+    program = compiled.lower(LLAMA, model, state, drafter, sampler, (5,)).compile()
     memory, kept = program.memory_analysis(), cache_bytes((*cache, *(state.draft or ())))
     assert memory.alias_size_in_bytes >= kept  # donated, and used
     assert memory.temp_size_in_bytes < cache_bytes(cache[:1])

@@ -14,7 +14,8 @@ from jaxopt_models import data, tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.kv_quantizer import KVQuantizer, with_kv_cache
 from jaxopt_models.models.cache import empty_cache
-from jaxopt_models.models.transformer import decode_step, forward, forward_with_taps
+from jaxopt_models.models.cached import decode_step
+from jaxopt_models.models.transformer import forward, forward_with_taps
 from jaxopt_models.quantize.kv import KVChoice, kv_measure, kv_quantizer
 from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.objectives import next_token_loss

@@ -1,0 +1,134 @@
+"""EAGLE-3: what is trained is what guesses, and what guesses loses nothing."""
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_models import GEMMA, LLAMA, PROMPTS, SIZES
+
+from jaxopt_models.errors import UserError
+from jaxopt_models.generate import generate
+from jaxopt_models.models.cache import empty_cache
+from jaxopt_models.models.cached import prefill_with_features
+from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.models.transformer import hidden_states_with_layers, init
+from jaxopt_models.sampling import make_sampler
+from jaxopt_models.speculative import Eagle3, Seen, Target, begin, init_eagle3, speculate
+from jaxopt_models.speculative.eagle3 import (
+    cached_layer,
+    default_layers,
+    embeddings,
+    fused,
+)
+from jaxopt_models.speculative.unrolled import unrolled
+
+# The tokens that a head of half the vocabulary may say.
+HALF = jnp.asarray(np.arange(1, 64, 2), jnp.int32)
+
+
+@functools.cache
+def target(config: ModelConfig = LLAMA) -> Target:
+    return Target(config, init(config, jax.random.key(0)))
+
+
+@functools.cache
+def head(config: ModelConfig = LLAMA, half: bool = False, count: int = 4) -> Eagle3:
+    vocabulary = HALF if half else None
+    return init_eagle3(target(config), jax.random.key(3), vocabulary=vocabulary, count=count)
+
+
+def features_of(own: Target, tokens: Any, layers: Any, starts: Any = None) -> jax.Array:
+    _, behind = hidden_states_with_layers(own.config, own.params, tokens, layers, starts)
+    return jnp.concatenate([behind[i] for i in layers], axis=-1)
+
+
+def sequential(one: Eagle3, own: Target, tokens: jax.Array, features: Any, t: int, steps: int):
+    """x of each step from index t on, one token after the other beside a cache: [steps, D]."""
+    (cache,) = empty_cache(one.config, one.params, 1, 32)
+    places = jnp.arange(t + 1, dtype=jnp.int32)[None]
+    e = embeddings(one, own, tokens[:, 1 : t + 2])
+    x, cache = cached_layer(one, fused(one, features[:, : t + 1]), e, places, cache)
+    out = [x[:, -1:]]
+    for s in range(1, steps):
+        e = embeddings(one, own, tokens[:, t + 1 + s : t + 2 + s])
+        x, cache = cached_layer(one, out[-1], e, jnp.full((1, 1), t + s, jnp.int32), cache)
+        out.append(x)
+    return jnp.concatenate(out)[:, 0]
+
+
+@pytest.mark.parametrize("norm_before_residual", [False, True])
+@pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
+def test_what_is_trained_is_what_guesses(config, norm_before_residual):
+    """Every step from every place of a text, beside one token after the other with a cache; also
+    where the text is the second document of a row."""
+    steps, own = 4, target(config)
+    one = replace(head(config), norm_before_residual=norm_before_residual)
+    documents = [jax.random.randint(jax.random.key(n), (1, n), 0, 64) for n in (5, 11)]
+    starts = jnp.asarray([[0] * 5 + [5] * 11], jnp.int32)
+    packed = jnp.concatenate(documents, axis=1)
+    features = features_of(own, packed, one.layers, starts)
+    together = unrolled(one, own, packed, features, steps, starts, remat=True)
+    alone = features_of(own, documents[1], one.layers)
+    for t in range(11 - steps):
+        expected = sequential(one, own, documents[1], alone, t, steps)
+        found = jnp.stack([x[0, 5 + t] for x in together])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_guess_is_that_of_the_whole_text_at_once(temperature, half):
+    """However many of the guesses before were right: what stood for features is replaced."""
+    own, one = target(), head(half=half)
+    sampler = make_sampler(3, temperature=temperature)
+    model = own.config, own.params
+    state = begin(*model, PROMPTS, 40, sampler, (), one)
+    counts = set()
+    for _ in range(6):
+        tokens, length = state.decode.tokens, state.decode.length
+        seen = Seen(tokens, length, state.features, state.count)
+        guess, _ = one.propose(own, state.draft, seen, sampler)
+        width = tokens.shape[1]
+        blank = empty_cache(*model, 3, width)
+        _, _, features = prefill_with_features(*model, tokens, length - 1, blank, one.layers)
+        fresh = one.begin(own, tokens, length - 1, features, width)
+        last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
+        anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
+        expected, _ = one.propose(own, fresh, anew, sampler)
+        assert guess.tokens.tolist() == expected.tokens.tolist()
+        assert not half or np.isin(guess.tokens, HALF).all()
+        counts |= set(state.count.tolist())
+        state = speculate(*model, state, one, sampler, (), 1)
+    assert temperature == 0 or half or len(counts) > 1
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "half"])
+def test_tokens_are_those_of_plain_generation(half):
+    own, options = target(), {"max_new_tokens": 30, "temperature": [0.0, 1.0, 0.7]}
+    found = generate(own.config, own.params, PROMPTS, draft=head(half=half), **options)
+    assert found.tokens == generate(own.config, own.params, PROMPTS, **options).tokens
+
+
+def test_layers_that_are_read():
+    assert default_layers(32) == (1, 15, 28)
+    assert default_layers(30) == (1, 14, 26)
+    assert default_layers(2) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"num_hidden_layers": 1}, "reads layers .* and the model has 1; it was made for another"),
+        ({"hidden_size": 64}, "reads 96 features, and 3 layers of the model have 192"),
+    ],
+)
+def test_heads_of_other_models_are_refused(changes, problem):
+    config = ModelConfig.from_hf({"model_type": "llama"} | SIZES | changes)
+    with pytest.raises(UserError, match=problem):
+        generate(config, init(config, jax.random.key(0)), [[1]], draft=head())
+    with pytest.raises(UserError, match="count must be at least 1"):
+        replace(head(), count=0)
