@@ -9,6 +9,7 @@ import typer
 
 from jaxopt_models import report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
+from jaxopt_models.errors import UserError
 
 
 def bench_speculative(
@@ -22,6 +23,10 @@ def bench_speculative(
     ] = None,
     draft_tokens: Annotated[
         list[int] | None, typer.Option(min=1, help="Of a guess; may be repeated; else 4 and 8.")
+    ] = None,
+    draft_tree: Annotated[
+        list[str] | None,
+        typer.Option(help="WIDTH,DEPTH,NODES, that heads grow, too; may be repeated."),
     ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts at a time; may be repeated; else 1.")
@@ -45,15 +50,24 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative.named import load_drafter
+    from jaxopt_models.speculative import Drafter, Eagle3
+    from jaxopt_models.speculative.named import as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
-    loading = ((name, load_drafter(name, loaded.config, dtype)) for name in draft or ["ngram"])
-    drafters = {
+    named = {name: load_drafter(name, loaded.config, dtype) for name in draft or ["ngram"]}
+    drafters: dict[str, Drafter] = {
         f"{name}, K = {tokens}": replace(drafter, count=tokens)
-        for name, drafter in loading
+        for name, drafter in named.items()
         for tokens in draft_tokens or (4, 8)
+    }
+    heads = {name: drafter for name, drafter in named.items() if isinstance(drafter, Eagle3)}
+    if draft_tree and not heads:
+        raise UserError("--draft-tree is of an EAGLE-3 head; name one with --draft")
+    drafters |= {
+        f"{name}, tree {shape}": as_tree(head, shape)
+        for name, head in heads.items()
+        for shape in draft_tree or ()
     }
     settings = [
         speculative.Setting(size, warmth, new_tokens)

@@ -9,7 +9,7 @@ from jaxopt_models import data, report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
-from jaxopt_models.speculative.named import load_drafter
+from jaxopt_models.speculative.named import as_tree, load_drafter
 
 
 def generate(
@@ -32,6 +32,10 @@ def generate(
         int | None,
         typer.Option(min=1, help="Of a guess; else ngram 8, a head 5, a model 4."),
     ] = None,
+    draft_tree: Annotated[
+        str | None,
+        typer.Option(help="WIDTH,DEPTH,NODES of a tree that a head grows, such as 8,6,32."),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt."""
@@ -42,8 +46,10 @@ def generate(
     from jaxopt_models.generate import Options
     from jaxopt_models.inference import for_device
 
-    if draft is None and draft_tokens is not None:
-        raise UserError("--draft-tokens is of a guess; name what guesses with --draft")
+    if draft is None and (draft_tokens is not None or draft_tree is not None):
+        raise UserError("--draft-tokens and --draft-tree are of guesses; name a --draft")
+    if draft_tokens is not None and draft_tree is not None:
+        raise UserError("--draft-tokens is of a chain, --draft-tree of a tree; choose one of them")
     with report.working(f"loading {model}"):
         loaded = jom.load(model, dtype=dtype)
     tokenizer = data.tokenizer_of(loaded)
@@ -55,7 +61,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         key=jax.random.key(seed),
-        draft=_drafter(draft, loaded.config, draft_tokens, dtype),
+        draft=_drafter(draft, loaded.config, draft_tokens, draft_tree, dtype),
     )
     if stream:
         rows = (piece[0] for piece in jom.stream(*inputs, passes=8, **options))
@@ -80,9 +86,13 @@ def _ids(tokenizer: Any, prompt: str, model: str, chat: bool) -> list[int]:
     return templated(tokenizer, turn, add_generation_prompt=True).tolist()
 
 
-def _drafter(draft: str | None, target: Any, count: int | None, dtype: str | None) -> Any:
+def _drafter(
+    draft: str | None, target: Any, count: int | None, tree: str | None, dtype: str | None
+) -> Any:
     if draft is None:
         return None
     with report.working(f"loading {draft}"):
         drafter = load_drafter(draft, target, dtype)
+    if tree is not None:
+        return as_tree(drafter, tree)
     return drafter if count is None else replace(drafter, count=count)

@@ -38,16 +38,19 @@ class Sampler:
     def __call__(self, logits: jax.Array, positions: jax.Array) -> jax.Array:
         """Tokens int32 [B, N] for float32 logits [B, N, V]; `positions` [B, N] are the tokens'
         own."""
-        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.argmax(self.scores(logits, positions), axis=-1).astype(jnp.int32)
+
+    def scores(self, logits: jax.Array, positions: jax.Array) -> jax.Array:
+        """What is largest of the token that is chosen, float32 [B, N, V]: the logits of a greedy
+        row, else `logits / T + noise`, -inf where a token is filtered out."""
         if not self.stochastic:
-            return greedy
+            return logits
         temperature = self.temperature[:, None, None]
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
         if self.filtered:
             scaled = keep_most_likely(scaled, self.top_k[:, None], self.top_p[:, None])
         noise = position_noise(self.key, self.request, positions, logits.shape[-1])
-        sampled = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
-        return jnp.where(self.temperature[:, None] == 0, greedy, sampled)
+        return jnp.where(temperature == 0, logits, scaled + noise)
 
 
 @dataclass(frozen=True)

@@ -85,10 +85,10 @@ def bench_speculative(
     Returns:
       `{rows, choices, device, versions, date}`. A row is `{drafter, K, tree, temperature, batch,
       prompts, new_tokens, acceptance_length, accepted, straggling, tokens_per_s,
-      plain_tokens_per_s, ratio, mismatches, near_ties}`: tokens that a pass gives, on average over
-      all; of each place of a guess, the share of passes that accept it and all before; the share of
-      a batch's passes in which a row was done already; prompts whose tokens are not those of plain
-      generation; and how many of these first differ where bfloat16 itself cannot tell two tokens
+      plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a chain; tokens
+      that a pass gives, on average over all; of each place of a guess, the share of passes that
+      accept it and all before; the share of a batch's passes in which a row was done already;
+      prompts whose tokens are not those of plain generation; and how many of these first differ where bfloat16 itself cannot tell two tokens
       apart (`greedy.Difference`; None where tokens are sampled or computed in float32). `choices`
       has for each setting the fastest, "off" included.
 
@@ -157,7 +157,7 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
     return {
         "drafter": name,
         "K": drafter.count,
-        "tree": None,
+        "tree": drafter.depth if drafter.depth < drafter.count else None,
         "temperature": setting.temperature,
         "batch": setting.batch,
         "prompts": len(run.tokens),

@@ -7,6 +7,7 @@ generate(config, params, prompts, draft=DraftModel(small.config, small.params, c
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3, init_eagle3
+from jaxopt_models.speculative.eagle3_tree import Eagle3Tree
 from jaxopt_models.speculative.loop import begin, speculate
 from jaxopt_models.speculative.ngram import NGram
 from jaxopt_models.speculative.tree import Guess
@@ -15,6 +16,7 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Eagle3",
+    "Eagle3Tree",
     "Guess",
     "NGram",
     "Seen",

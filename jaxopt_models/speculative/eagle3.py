@@ -295,16 +295,25 @@ def caught_up(
     return jnp.take_along_axis(x, (seen.count - 1)[:, None, None], axis=1), cache
 
 
+def scores(
+    head: Eagle3, target: Target, sampler: Sampler, x: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """What is largest of the token that the head would choose, float32 [B, T, V], of its own
+    vocabulary: with the noise of the model's tokens, that both may take the same."""
+    own = head_logits(head, x)
+    if not sampler.stochastic:
+        return own
+    vocabulary = head.params["vocabulary"]
+    wide = jnp.full((*own.shape[:2], target.config.vocab_size), -jnp.inf)
+    return sampler.scores(wide.at[:, :, vocabulary].set(own), positions)[:, :, vocabulary]
+
+
 def choose(
     head: Eagle3, target: Target, sampler: Sampler, x: jax.Array, positions: jax.Array
 ) -> jax.Array:
     """The model's tokens int32 [B, T] that the head would say at these positions."""
-    own, vocabulary = head_logits(head, x), head.params["vocabulary"]
-    if not sampler.stochastic:
-        return vocabulary[jnp.argmax(own, axis=-1)]
-    # With the noise of the model's tokens, that both may take the same.
-    wide = jnp.full((*own.shape[:2], target.config.vocab_size), -jnp.inf)
-    return sampler(wide.at[:, :, vocabulary].set(own), positions)
+    best = jnp.argmax(scores(head, target, sampler, x, positions), axis=-1)
+    return head.params["vocabulary"][best]
 
 
 def _norm(config: ModelConfig, module: Any, x: jax.Array) -> jax.Array:

@@ -2,11 +2,14 @@
 
 from jaxopt_models.checkpoint.hub import resolve
 from jaxopt_models.checkpoint.load import load
+from jaxopt_models.errors import UserError
 from jaxopt_models.inference import for_device
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.speculative.draft import Drafter
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_files import is_eagle3, read_eagle3
+from jaxopt_models.speculative.eagle3_tree import Eagle3Tree
 from jaxopt_models.speculative.ngram import NGram
 
 
@@ -30,3 +33,18 @@ def load_drafter(
         return read_eagle3(found, target, dtype=dtype or target.dtype)
     loaded = load(name, dtype=dtype)
     return DraftModel(loaded.config, for_device(loaded.config, loaded.params))
+
+
+def as_tree(drafter: Drafter, shape: str) -> Eagle3Tree:
+    """A head that grows trees of a shape: "WIDTH,DEPTH,NODES", see `Eagle3Tree`.
+
+    Raises:
+      UserError: for another drafter, or a shape that cannot be.
+    """
+    if not isinstance(drafter, Eagle3):
+        raise UserError(f"a tree {shape!r} grows from an EAGLE-3 head; name one with --draft")
+    try:
+        width, depth, count = (int(number) for number in shape.split(","))
+    except ValueError:
+        raise UserError(f"{shape!r} is no tree; say WIDTH,DEPTH,NODES, such as 8,6,32") from None
+    return Eagle3Tree(drafter, width, depth, count)

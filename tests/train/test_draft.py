@@ -182,6 +182,7 @@ def test_a_run_ends_with_a_head_that_generation_takes(model, tmp_path, run):
     plain, _ = run(*arguments)
     drafted, shown = run(*arguments, "--draft", out / "model", "--draft-tokens", 2)
     assert drafted == plain and "tokens a pass of the model" in shown
+    assert run(*arguments, "--draft", out / "model", "--draft-tree", "2,2,4")[0] == plain
 
 
 def test_a_run_that_is_resumed_is_the_same(model, tmp_path):
