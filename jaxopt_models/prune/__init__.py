@@ -1,0 +1,1 @@
+"""Pruning: what matters least is found, masked, measured, and cut out."""
