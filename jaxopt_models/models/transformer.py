@@ -191,7 +191,7 @@ def forward_with_taps(
 
     Args:
       taps: names or globs of names. For layer i: "layers/i/input", "layers/i/output" (the residual
-        stream), ".../{norm}/input" and "output", ".../self_attn/{q,k,v,o}_proj/input",
+        stream), ".../{norm}/unnormed" and "output", ".../self_attn/{q,k,v,o}_proj/input",
         ".../self_attn/query", "key", "value" (after rotary embedding, before a `kv_cache` quantizes
         them), ".../mlp/{gate,up,down}_proj/input", for experts ".../mlp/experts/{...}/input",
         ".../mlp/router/input" and what else `moe.moe_feed_forward` says; and

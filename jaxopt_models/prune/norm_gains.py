@@ -64,11 +64,11 @@ def norm_gains(
     layers = list(enumerate(zip(config.attention_kinds, params["layers"], strict=True)))
     for i, (kind, layer) in progress(layers, "measuring norms"):
         layer = jax.device_put(layer)
-        taps = frozenset(f"{name}/input" for name in layer if name.endswith("layernorm"))
+        taps = frozenset(f"{name}/unnormed" for name in layer if name.endswith("layernorm"))
         measure = _measure(config)
         sums, tokens = stream.reduce(layer, kind, taps, measure, _add, beside, advance=True)
         for tap, total in sums.items():
-            found[f"layers/{i}/{tap.removesuffix('input')}weight"] = total / tokens
+            found[f"layers/{i}/{tap.removesuffix('unnormed')}weight"] = total / tokens
     ends = (
         _measure(config)({"x": jnp.asarray(x)}, part)
         for x, part in zip(stream.values, beside, strict=True)

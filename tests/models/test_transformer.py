@@ -288,7 +288,11 @@ def test_router_weights_are_a_softmax_over_all_experts():
 
 _EVERY_LAYER = {
     *("input", "output"),
-    *(f"{w}_layernorm/{end}" for w in ("input", "post_attention") for end in ("input", "output")),
+    *(
+        f"{w}_layernorm/{end}"
+        for w in ("input", "post_attention")
+        for end in ("unnormed", "output")
+    ),
     *(f"self_attn/{p}_proj/input" for p in "qkvo"),
     *(f"self_attn/{name}" for name in ("query", "key", "value")),
 }
@@ -311,7 +315,7 @@ def test_names_of_taps(golden, name):
         names = _EVERY_LAYER | (_SPARSE if i in model.config.moe_layers else _DENSE)
         if name == "gemma3":
             both = [f"{w}_feedforward_layernorm" for w in ("pre", "post")]
-            names |= {f"{norm}/{end}" for norm in both for end in ("input", "output")}
+            names |= {f"{norm}/{end}" for norm in both for end in ("unnormed", "output")}
         expected |= {f"layers/{i}/{tap}" for tap in names}
     assert set(taps) == expected
 

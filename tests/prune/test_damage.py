@@ -135,7 +135,7 @@ def test_damage_of_an_expert_is_by_its_formula():
     # In the last layer nothing else changes: expert 1 removed by a mask moves the stream by y - y'.
     rest = jnp.asarray([1.0, 0, 1, 1])
     without = dataclasses.replace(masks, experts=(*masks.experts[:2], rest))
-    taps = ["layers/2/output", "layers/2/post_attention_layernorm/input"]
+    taps = ["layers/2/output", "layers/2/post_attention_layernorm/unnormed"]
     _, whole = forward_with_taps(config, params, text, taps)
     _, less = forward_with_taps(config, apply_masks(config, params, without), text, taps)
     y, y_less = (found[taps[0]] - found[taps[1]] for found in (whole, less))

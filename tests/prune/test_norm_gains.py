@@ -25,11 +25,11 @@ def test_no_other_factor_keeps_a_norm_nearer_to_what_it_was(name):
     norms = [path for path, _ in tree.leaves_with_paths(params) if path.endswith("norm/weight")]
     stream = [path for path in norms if "q_norm" not in path and "k_norm" not in path]
     assert gains.keys() == set(stream)
-    _, taps = forward_with_taps(config, params, text, ["*layernorm/input", "layers/2/output"])
-    taps["norm/input"] = taps["layers/2/output"]
+    _, taps = forward_with_taps(config, params, text, ["*layernorm/unnormed", "layers/2/output"])
+    taps["norm/unnormed"] = taps["layers/2/output"]
     kept = jnp.flatnonzero(masks.hidden)
     for path, factor in gains.items():
-        x = taps[path.removesuffix("weight") + "input"][valid > 0]
+        x = taps[path.removesuffix("weight") + "unnormed"][valid > 0]
 
         def normed(x):
             return x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + config.rms_norm_eps)
