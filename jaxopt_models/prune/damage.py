@@ -46,6 +46,7 @@ def damage(
     params: Any,
     batches: Iterable[Any],
     candidates: Sequence[Masks],
+    original: Any = None,
     progress: Progress = silent,
 ) -> list[Damage]:
     """Measures every candidate on the same text.
@@ -54,9 +55,11 @@ def damage(
 
     Args:
       config: the architecture.
-      params: the original model, in plain arrays.
+      params: the model that is masked, in plain arrays.
       batches: int32 [B, T] token arrays, T at least 2.
       candidates: masks of the model.
+      original: parameters that they are compared with, where `params` have been changed already, as
+        by `norm_gains.rescale_norms`; None is `params`.
       progress: wraps the loop over candidates, as `tqdm` would.
 
     Returns:
@@ -73,11 +76,13 @@ def damage(
     for number, masks in enumerate(candidates):
         check_shapes(config, params, masks)
         _check_experts(config, masks, number)
-    original = [_hidden(config, params, batch) for batch in text]
+    original = params if original is None else original
+    hidden = [_hidden(config, original, batch) for batch in text]
+    head = output_head(original)
     sums = [
         sum(
-            masked_sums(config, params, masks, batch, hidden)
-            for batch, hidden in zip(text, original, strict=True)
+            masked_sums(config, params, masks, batch, (head, states))
+            for batch, states in zip(text, hidden, strict=True)
         )
         for masks in progress(candidates, "measuring candidates")
     ]
@@ -93,18 +98,22 @@ def damage(
 
 @partial(jax.jit, static_argnums=0)
 def masked_sums(
-    config: ModelConfig, params: Any, masks: Masks, tokens: jax.Array, original: jax.Array
+    config: ModelConfig,
+    params: Any,
+    masks: Masks,
+    tokens: jax.Array,
+    original: tuple[Any, jax.Array],
 ) -> jax.Array:
     """Sums over predicted positions of (nll, KL, agreement) of the masked model, float32 [3].
 
     Args:
       masks: traced, so `jax.lax.map` or `jax.vmap` take many at once.
       tokens: int32 [B, T].
-      original: final hidden states of the model without masks, [B, T, D].
+      original: output head and final hidden states [B, T, D] of the model to compare with.
     """
     masked = apply_masks(config, params, masks)
     student = output_head(masked), hidden_states(config, masked, tokens)
-    return position_sums(config, config, student, (output_head(params), original), tokens)
+    return position_sums(config, config, student, original, tokens)
 
 
 def layer_runs(layers: int, longest: int | None = None) -> list[range]:

@@ -73,6 +73,7 @@ def importance(
     progress: Progress = silent,
     *,
     equal_sites: bool = False,
+    weighted: bool = False,
 ) -> Importance:
     """Scores of all parts of a model, from one pass over text, layer by layer.
 
@@ -85,6 +86,8 @@ def importance(
       progress: wraps the loop over layers, as `tqdm` would.
       equal_sites: gives each norm the same total in the score of hidden channels, where otherwise
         norms of large gain decide.
+      weighted: multiplies the score of each channel in front of o_proj and down_proj by the norm of
+        the column that reads it, as Wanda does for single weights (arXiv:2306.11695).
 
     Raises:
       UserError: without batches, for a row without a token, for what `masks.apply_masks` refuses,
@@ -99,7 +102,7 @@ def importance(
         layer = jax.device_put(layer)
         taps = _taps(config, layer)
         sums = stream.reduce(layer, kind, taps, _measure, _add, weights, advance=True)
-        found.append(_scores(config, layer, sums))
+        found.append(_scores(config, layer, sums, weighted))
         _check_finite(i, found[-1])
     return Importance(
         hidden=sum_of_sites([site for scores in found for site in scores["sites"]], equal_sites),
@@ -193,9 +196,16 @@ def _of_experts(taps: _Taps, valid: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def _scores(config: ModelConfig, layer: Any, sums: dict[str, Any]) -> dict[str, Any]:
+def _scores(
+    config: ModelConfig, layer: Any, sums: dict[str, Any], weighted: bool
+) -> dict[str, Any]:
     """Scores of one layer, of the sums over all text."""
-    shape = (*head_shape(config, layer["self_attn"]), config.head_dim)
+    attention, mlp = layer["self_attn"], layer["mlp"]
+    shape = (*head_shape(config, attention), config.head_dim)
+    if weighted:
+        down = mlp.get("experts", mlp)["down_proj"]["weight"]
+        readers = {"heads": attention["o_proj"]["weight"], "neurons": down}
+        sums = sums | {name: sums[name] * _energy(weight) for name, weight in readers.items()}
     scores: dict[str, Any] = {
         "sites": [jnp.sqrt(site) for site in sums["sites"]],
         "influence": 1 - sums["cosine"] / sums["tokens"],
@@ -207,6 +217,11 @@ def _scores(config: ModelConfig, layer: Any, sums: dict[str, Any]) -> dict[str, 
         scores["experts"] = sums["experts"] / jnp.maximum(tokens, 1.0)
         scores["expert_tokens"] = tokens
     return scores
+
+
+def _energy(weight: jax.Array) -> jax.Array:
+    """Σ_n w_nk² of each column, [.., N, K] -> [.., K]."""
+    return jnp.sum(weight.astype(jnp.float32) ** 2, axis=-2)
 
 
 def _check_finite(index: int, scores: Any) -> None:

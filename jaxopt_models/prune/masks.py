@@ -210,16 +210,17 @@ def _masked_layer(
     columns = (experts[:, None] * neurons)[:, None, :]
     down = _writer(config, mlp["experts"]["down_proj"], rows, columns)
     changed["mlp"] = mlp | {
-        "router": mlp["router"] | {"bias": _router_bias(experts)},
+        "router": mlp["router"] | {"bias": _router_bias(mlp["router"], experts)},
         "experts": mlp["experts"] | {"down_proj": down},
     }
     return layer | changed
 
 
-def _router_bias(experts: jax.Array) -> jax.Array:
-    """log m, without a derivative: that of an expert's mask is of its output alone."""
+def _router_bias(router: Any, experts: jax.Array) -> jax.Array:
+    """+ log m, without a derivative: that of an expert's mask is of its output alone."""
     experts = jax.lax.stop_gradient(experts)
-    return jnp.where(experts > 0, jnp.log(jnp.maximum(experts, 1e-30)), -jnp.inf)
+    added = jnp.where(experts > 0, jnp.log(jnp.maximum(experts, 1e-30)), -jnp.inf)
+    return router["bias"].astype(jnp.float32) + added if "bias" in router else added
 
 
 def _writer(

@@ -12,10 +12,11 @@ from pruned_models import CONFIGS, masks_of, params_of, tokens
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate, reference
-from jaxopt_models.models.transformer import forward, forward_with_taps, hidden_states
+from jaxopt_models.models.transformer import forward, forward_with_taps, hidden_states, output_head
 from jaxopt_models.prune.damage import damage, layer_runs, masked_sums, without_layers
 from jaxopt_models.prune.expert_damage import expert_damage
 from jaxopt_models.prune.masks import apply_masks, keep_all
+from jaxopt_models.prune.norm_gains import rescale_norms
 from jaxopt_models.prune.slicing import slice_model
 from jaxopt_models.prune.taylor import taylor_importance
 
@@ -31,6 +32,11 @@ def test_damage_is_that_of_the_smaller_model():
     assert found.nll == pytest.approx(expected.nll, rel=1e-5)
     assert found.top1_agreement == expected.top1_agreement
     assert nothing.kl == pytest.approx(0, abs=1e-6) and nothing.top1_agreement == 1
+    # What is masked may have been changed before: it is compared with the original all the same.
+    louder = rescale_norms(config, params, {"norm/weight": 1.1})
+    (changed,) = damage(config, louder, batches, [keep_all(config, params)], params)
+    expected = evaluate(config, louder, batches, reference(config, params, batches))
+    assert changed.kl == pytest.approx(expected.kl, rel=1e-3) and changed.kl > 1e-4
 
 
 def test_runs_of_layers_are_left_out():
@@ -53,7 +59,7 @@ def test_many_candidates_run_in_one_loop_on_the_device():
     candidates = without_layers(keep_all(config, params), layer_runs(3))
     found = damage(config, params, [text], candidates)
     stacked = jax.tree.map(lambda *masks: jnp.stack(masks), *candidates)
-    original = hidden_states(config, params, text)
+    original = output_head(params), hidden_states(config, params, text)
     together = jax.lax.map(lambda m: masked_sums(config, params, m, text, original), stacked)
     sums = np.asarray([[d.nll, d.kl, d.top1_agreement] for d in found]) * 2 * 11
     np.testing.assert_allclose(together, sums, rtol=1e-4)

@@ -95,6 +95,18 @@ def test_what_stands_behind_a_text_counts_nowhere():
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), first, alone)
 
 
+def test_scores_may_count_the_columns_that_read_a_channel():
+    config, params = CONFIGS["mixtral"], params_of("mixtral")
+    plain, weighted = (
+        importance(config, params, [tokens()], weighted=weighted) for weighted in (False, True)
+    )
+    down = params["layers"][1]["mlp"]["experts"]["down_proj"]["weight"]
+    expected = plain.neurons[1] * jnp.linalg.norm(down, axis=1)
+    np.testing.assert_allclose(weighted.neurons[1], expected, rtol=1e-5)
+    assert not np.allclose(weighted.heads[1], plain.heads[1])
+    np.testing.assert_allclose(weighted.hidden, plain.hidden, rtol=1e-6)
+
+
 def test_sites_may_count_equally():
     config, params = CONFIGS["tied"], params_of("tied")
     loud = tree.map_with_path(

@@ -47,6 +47,20 @@ def test_masked_is_sliced_on_each_axis_alone(axis):
     _check_law("qwen3_moe" if axis == "experts" else "tied", (axis,))
 
 
+def test_a_router_keeps_its_own_bias():
+    config, params, text = CONFIGS["mixtral"], params_of("mixtral"), tokens()
+    biases = [jnp.asarray([0.0, 1, 2, 3]) * i for i in range(3)]
+    layers = tuple(
+        layer | {"mlp": layer["mlp"] | {"router": layer["mlp"]["router"] | {"bias": bias}}}
+        for layer, bias in zip(params["layers"], biases, strict=True)
+    )
+    biased, masks = params | {"layers": layers}, masks_of("mixtral", ("experts",))
+    masked = _masked(config, biased, masks, text)
+    sliced = _forward(*slice_model(config, biased, masks), text)
+    np.testing.assert_allclose(sliced, masked, rtol=1e-5, atol=1e-5)
+    assert float(jnp.max(jnp.abs(masked - _masked(config, params, masks, text)))) > 1e-2
+
+
 @pytest.mark.parametrize("name", ["tied", "gemma3", "mixtral"])
 def test_masks_that_keep_everything_change_nothing(name):
     config, params, text = CONFIGS[name], params_of(name), tokens()
