@@ -119,7 +119,7 @@ class Stream:
         kind: Any,
         taps: frozenset[str],
         measure: Callable[..., Any],
-        merge: Callable[[Any, Any], Any],
+        merge: Callable[[Any, Any], Any] | None = None,
         beside: Sequence[Any] | None = None,
         advance: bool = False,
     ) -> Any:
@@ -130,11 +130,11 @@ class Stream:
           taps: names relative to the layer.
           measure: of the taps by name; it is compiled with the layer, so pass the same function for
             all layers of a kind.
-          merge: of two results.
+          merge: of two results; None adds them up.
           beside: a second argument of `measure` for each batch, if it takes one.
           advance: whether to move on to the layer's output.
         """
-        total = None
+        total, merge = None, merge or partial(jax.tree.map, jnp.add)
         for i, x in enumerate(self.values):
             more = () if beside is None else (beside[i],)
             out, part = _measure(self.config, layer, x, kind, taps, measure, advance, *more)

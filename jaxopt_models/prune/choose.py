@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.prune.importance import Importance
-from jaxopt_models.prune.masks import Masks
+from jaxopt_models.prune.masks import Masks, check_multiple
 
 # One number for all layers, or one for each.
 Count = int | Sequence[int]
@@ -39,6 +39,9 @@ class Target:
     experts: Count | None = None
     expert_neurons: Count | None = None
     multiple: int = 1
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
 
 
 def choose(importance: Importance, target: Target) -> Masks:

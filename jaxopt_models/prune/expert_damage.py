@@ -67,14 +67,10 @@ def expert_damage(
             )
         beside = [(mask, layer["mlp"]) for mask in weights]
         lost, whole = stream.reduce(
-            layer, kind, frozenset({_INPUT}), _measure(config), _add, beside, advance=True
+            layer, kind, frozenset({_INPUT}), _measure(config), beside=beside, advance=True
         )
         scores.append(lost / jnp.maximum(whole, 1e-30))
     return tuple(scores)
-
-
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 @cache

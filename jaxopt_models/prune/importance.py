@@ -101,7 +101,7 @@ def importance(
     for i, (kind, layer) in progress(layers, "scoring"):
         layer = jax.device_put(layer)
         taps = _taps(config, layer)
-        sums = stream.reduce(layer, kind, taps, _measure, _add, weights, advance=True)
+        sums = stream.reduce(layer, kind, taps, _measure, beside=weights, advance=True)
         found.append(_scores(config, layer, sums, weighted))
         _check_finite(i, found[-1])
     return Importance(
@@ -146,10 +146,6 @@ def _taps(config: ModelConfig, layer: Any) -> frozenset[str]:
     second = "pre_feedforward" if config.sandwich_norm else "post_attention"
     inner = _EXPERTS if "experts" in layer["mlp"] else (_NEURONS,)
     return frozenset({"input", "output", _INPUT, f"{second}_layernorm/output", _HEADS, *inner})
-
-
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 def _measure(taps: _Taps, valid: jax.Array) -> dict[str, Any]:

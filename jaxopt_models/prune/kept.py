@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.prune.masks import Masks
+from jaxopt_models.prune.masks import Masks, check_multiple
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ def kept_of(config: ModelConfig, masks: Masks, *, uniform: bool, multiple: int) 
     hidden, layers = np.flatnonzero(binary.hidden), np.flatnonzero(binary.layers)
     if not len(hidden) or not len(layers):
         raise UserError("the masks remove all channels or all layers; keep at least one of each")
-    if multiple < 1 or len(hidden) % multiple:
+    check_multiple(multiple)
+    if len(hidden) % multiple:
         raise UserError(
             f"the masks keep {len(hidden)} hidden channels, which is no multiple of {multiple}; "
             "keep another number, since a spare channel would not leave the norms as they are"

@@ -168,6 +168,12 @@ def check_plain(params: Any) -> None:
             )
 
 
+def check_multiple(multiple: int) -> None:
+    """Raises UserError for what no width can be a multiple of."""
+    if multiple < 1:
+        raise UserError(f"widths cannot be multiples of {multiple}; choose 1 or more")
+
+
 def check_shapes(config: ModelConfig, params: Any, masks: Masks) -> None:
     """Raises UserError for masks that are not of this model, naming the first that is not."""
     expected = dict(tree.arrays_with_paths(jax.eval_shape(lambda: keep_all(config, params))))

@@ -10,7 +10,7 @@ the output of a norm is a = x_k / rms_k where it was b = r(x) a. The factor c th
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from typing import Any
 
 import jax
@@ -66,14 +66,14 @@ def norm_gains(
         layer = jax.device_put(layer)
         taps = frozenset(f"{name}/unnormed" for name in layer if name.endswith("layernorm"))
         measure = _measure(config)
-        sums, tokens = stream.reduce(layer, kind, taps, measure, _add, beside, advance=True)
+        sums, tokens = stream.reduce(layer, kind, taps, measure, beside=beside, advance=True)
         for tap, total in sums.items():
             found[f"layers/{i}/{tap.removesuffix('unnormed')}weight"] = total / tokens
     ends = (
         _measure(config)({"x": jnp.asarray(x)}, part)
         for x, part in zip(stream.values, beside, strict=True)
     )
-    sums, tokens = reduce(_add, ends)
+    sums, tokens = reduce(partial(jax.tree.map, jnp.add), ends)
     return found | {"norm/weight": sums["x"] / tokens}
 
 
@@ -92,10 +92,6 @@ def rescale_norms(config: ModelConfig, params: Any, gains: Mapping[str, Any]) ->
         return gain.astype(norms[path].dtype)
 
     return tree.replace(params, {path: scaled(path) for path in gains})
-
-
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(jnp.add, a, b)
 
 
 @cache

@@ -133,4 +133,5 @@ def test_masks_that_leave_no_model_are_refused():
     refused("1 experts of layer 0, and each token is sent to 2", experts=(one, None, one))
     three = jnp.asarray([1.0, 1, 1, 0])
     refused("3 experts in one layer and 4", uniform=True, experts=(three, None, masks.experts[2]))
+    refused("cannot be multiples of 0", multiple=0)
     refused("next multiple of 32", multiple=32)
