@@ -6,7 +6,7 @@ turn comes. Each kind of layer is compiled once.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -118,17 +118,29 @@ class Stream:
         layer: Any,
         kind: Any,
         taps: frozenset[str],
-        measure: Callable[[dict[str, jax.Array]], Any],
-        merge: Callable[[Any, Any], Any],
+        measure: Callable[..., Any],
+        merge: Callable[[Any, Any], Any] | None = None,
+        beside: Sequence[Any] | None = None,
+        advance: bool = False,
     ) -> Any:
         """Any other statistic: `measure` of a batch's taps, merged over batches.
 
-        `measure` is compiled with the layer; pass the same function for all layers of a kind.
+        Args:
+          layer, kind: of which layer.
+          taps: names relative to the layer.
+          measure: of the taps by name; it is compiled with the layer, so pass the same function for
+            all layers of a kind.
+          merge: of two results; None adds them up.
+          beside: a second argument of `measure` for each batch, if it takes one.
+          advance: whether to move on to the layer's output.
         """
-        total = None
-        for x in self.values:
-            part = _measure(self.config, layer, x, kind, taps, measure)
+        total, merge = None, merge or partial(jax.tree.map, jnp.add)
+        for i, x in enumerate(self.values):
+            more = () if beside is None else (beside[i],)
+            out, part = _measure(self.config, layer, x, kind, taps, measure, advance, *more)
             total = part if total is None else merge(total, part)
+            if advance:
+                self.values[i] = self._kept(out)
         return total
 
     def advance(self, layer: Any, kind: Any) -> None:
@@ -304,13 +316,16 @@ def _run(config: ModelConfig, layer: Any, x: jax.Array, kind: Any) -> jax.Array:
     return block(config, layer, x, positions_of(x), kind=kind)[0]
 
 
-@partial(jax.jit, static_argnums=(0, 3, 4, 5))
+@partial(jax.jit, static_argnums=(0, 3, 4, 5, 6))
 def _measure(
     config: ModelConfig,
     layer: Any,
     x: jax.Array,
     kind: Any,
     taps: frozenset[str],
-    measure: Callable[[dict[str, jax.Array]], Any],
-) -> Any:
-    return measure(block(config, layer, x, positions_of(x), kind=kind, wanted=taps)[2])
+    measure: Callable[..., Any],
+    advance: bool,
+    *beside: Any,
+) -> tuple[jax.Array | None, Any]:
+    out, _, found = block(config, layer, x, positions_of(x), kind=kind, wanted=taps)
+    return (out if advance else None), measure(found, *beside)

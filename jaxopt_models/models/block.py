@@ -123,6 +123,7 @@ def deferred_block(
 
 
 def _norm(config: ModelConfig, layer: Mapping[str, Any], save: Save, name: str, x: jax.Array):
+    save(f"{name}/unnormed", x)
     out = rms_norm(x, layer[name]["weight"], config.rms_norm_eps, config.unit_offset_norm)
     save(f"{name}/output", out)
     return out
@@ -134,6 +135,7 @@ def _add_norm(
     """`x + y`, and the norm of it."""
     options = config.rms_norm_eps, config.unit_offset_norm
     x, out = add_rms_norm(x, y, layer[name]["weight"], *options)
+    save(f"{name}/unnormed", x)
     save(f"{name}/output", out)
     return x, out
 

@@ -10,20 +10,25 @@ from jaxopt_models.ops import expert_linear, linear
 
 
 def route(
-    x: jax.Array, router: Any, experts_per_token: int, normalize: bool
+    x: jax.Array,
+    router: Any,
+    experts_per_token: int,
+    normalize: bool,
+    bias: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Experts of each token: the largest of `softmax(x @ router.T)` over all experts.
+    """Experts of each token: the largest of `softmax(x @ router.T + bias)` over all experts.
 
     Args:
       x: [tokens, D].
       router: leaf standing for [E, D].
       experts_per_token: k.
       normalize: whether the k weights are rescaled to sum to 1.
+      bias: [E]; -inf takes an expert out. None is zero.
 
     Returns:
       (weights float32 [tokens, k], experts int32 [tokens, k]).
     """
-    probabilities = jax.nn.softmax(linear(x, router).astype(jnp.float32), axis=-1)
+    probabilities = jax.nn.softmax(linear(x, router, bias).astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, experts_per_token)
     if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -48,7 +53,8 @@ def moe_feed_forward(
       x: [B, T, D].
       mlp: {"router", "experts": {"gate_proj", "up_proj" [E, F, D], "down_proj" [E, D, F]}}.
       save: receives taps, among them "router/output" and, in sorted row order, the experts' inputs
-        with "experts/group_sizes", the int32 [E] rows of each expert.
+        and "experts/down_proj/output". There "experts/group_sizes" are the int32 [E] rows of each
+        expert, and "experts/order" says which of all k choices, token by token, each row is.
 
     Returns:
       [B, T, D] in the dtype of `x`.
@@ -56,7 +62,10 @@ def moe_feed_forward(
     batch, length, width = x.shape
     tokens = x.reshape(batch * length, width)
     save("router/input", x)
-    weights, chosen = route(tokens, mlp["router"]["weight"], experts_per_token, normalize)
+    router = mlp["router"]
+    weights, chosen = route(
+        tokens, router["weight"], experts_per_token, normalize, router.get("bias")
+    )
     save("router/output", weights)
 
     assignment = chosen.reshape(-1)
@@ -66,6 +75,7 @@ def moe_feed_forward(
     count = experts["gate_proj"]["weight"].shape[0]
     group_sizes = jnp.bincount(assignment, length=count).astype(jnp.int32)
     save("experts/group_sizes", group_sizes)
+    save("experts/order", order)
 
     rows = tokens[owner]
     save("experts/gate_proj/input", rows)
@@ -75,6 +85,7 @@ def moe_feed_forward(
     hidden = activate(gate) * up
     save("experts/down_proj/input", hidden)
     out = expert_linear(hidden, experts["down_proj"]["weight"], group_sizes)
+    save("experts/down_proj/output", out)
 
     weighted = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     # Undoing the sort and summing over k keeps the order of additions fixed for every token.

@@ -190,10 +190,10 @@ def forward_with_taps(
 
     Args:
       taps: names or globs of names. For layer i: "layers/i/input", "layers/i/output" (the residual
-        stream), ".../{norm}/output", ".../self_attn/{q,k,v,o}_proj/input", ".../self_attn/query",
-        "key", "value" (after rotary embedding, before a `kv_cache` quantizes them),
-        ".../mlp/{gate,up,down}_proj/input", for experts ".../mlp/experts/{...}/input" with
-        ".../mlp/experts/group_sizes", ".../mlp/router/input" and "output"; and
+        stream), ".../{norm}/unnormed" and "output", ".../self_attn/{q,k,v,o}_proj/input",
+        ".../self_attn/query", "key", "value" (after rotary embedding, before a `kv_cache` quantizes
+        them), ".../mlp/{gate,up,down}_proj/input", for experts ".../mlp/experts/{...}/input",
+        ".../mlp/router/input" and what else `moe.moe_feed_forward` says; and
         "embed_tokens/output", "norm/output", "logits".
 
     Returns:

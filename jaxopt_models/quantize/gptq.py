@@ -65,17 +65,20 @@ def gptq(
     columns = weight.astype(jnp.float32).T
     by_column = jax.tree.map(jnp.transpose, numerics.expand(scales, spec, weight.shape))
     if not act_order:
-        feedback, used = _feedback(hessian, damping)
+        feedback, _, used = feedback_of(hessian, damping)
         return _round_columns(columns, by_column, feedback, spec, block).T, used
     order = jnp.argsort(-jnp.diagonal(hessian), stable=True)
-    feedback, used = _feedback(hessian[order][:, order], damping)
+    feedback, _, used = feedback_of(hessian[order][:, order], damping)
     ordered = jax.tree.map(lambda rows: rows[order], by_column)
     grid = _round_columns(columns[order], ordered, feedback, spec, block)
     return grid[jnp.argsort(order)].T, used
 
 
-def _feedback(hessian: jax.Array, damping: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Uᵀ of the module's formula, [K, K] strictly lower triangular, and the damping used."""
+def feedback_of(
+    hessian: jax.Array, damping: float | jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Uᵀ of the module's formula, [K, K] strictly lower triangular; the diagonal of D, [K]; and the
+    damping used, NaN where nothing helped."""
     diagonal = jnp.diagonal(hessian)
     dead = diagonal == 0
     read = jnp.where(dead, 0.0, 1.0)
@@ -97,8 +100,9 @@ def _feedback(hessian: jax.Array, damping: float | jax.Array) -> tuple[jax.Array
     start = jnp.asarray(damping, jnp.float32)
     used, lower = lax.while_loop(failed, retry, (start, factor(start)))
     upper_transposed = lower[::-1, ::-1].T
-    feedback = jnp.tril(upper_transposed / jnp.diagonal(upper_transposed)[:, None], -1)
-    return feedback, jnp.where(jnp.all(jnp.isfinite(lower)), used, jnp.nan)
+    pivots = jnp.diagonal(upper_transposed)
+    feedback = jnp.tril(upper_transposed / pivots[:, None], -1)
+    return feedback, pivots**2, jnp.where(jnp.all(jnp.isfinite(lower)), used, jnp.nan)
 
 
 def _round_columns(

@@ -286,14 +286,20 @@ def test_router_weights_are_a_softmax_over_all_experts():
 # ---- taps ---------------------------------------------------------------------------------------
 
 _EVERY_LAYER = {
-    *("input", "output", "input_layernorm/output", "post_attention_layernorm/output"),
+    *("input", "output"),
+    *(
+        f"{w}_layernorm/{end}"
+        for w in ("input", "post_attention")
+        for end in ("unnormed", "output")
+    ),
     *(f"self_attn/{p}_proj/input" for p in "qkvo"),
     *(f"self_attn/{name}" for name in ("query", "key", "value")),
 }
 _DENSE = {f"mlp/{p}_proj/input" for p in ("gate", "up", "down")}
 _SPARSE = {
     *(f"mlp/experts/{p}_proj/input" for p in ("gate", "up", "down")),
-    *("mlp/experts/group_sizes", "mlp/router/input", "mlp/router/output"),
+    *("mlp/experts/group_sizes", "mlp/experts/order", "mlp/experts/down_proj/output"),
+    *("mlp/router/input", "mlp/router/output"),
 }
 
 
@@ -307,7 +313,8 @@ def test_names_of_taps(golden, name):
     for i in range(model.config.num_layers):
         names = _EVERY_LAYER | (_SPARSE if i in model.config.moe_layers else _DENSE)
         if name == "gemma3":
-            names |= {f"{w}_feedforward_layernorm/output" for w in ("pre", "post")}
+            both = [f"{w}_feedforward_layernorm" for w in ("pre", "post")]
+            names |= {f"{norm}/{end}" for norm in both for end in ("unnormed", "output")}
         expected |= {f"layers/{i}/{tap}" for tap in names}
     assert set(taps) == expected
 
