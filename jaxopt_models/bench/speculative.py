@@ -88,9 +88,9 @@ def bench_speculative(
       plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a chain; tokens
       that a pass gives, on average over all; of each place of a guess, the share of passes that
       accept it and all before; the share of a batch's passes in which a row was done already;
-      prompts whose tokens are not those of plain generation; and how many of these first differ where bfloat16 itself cannot tell two tokens
-      apart (`greedy.Difference`; None where tokens are sampled or computed in float32). `choices`
-      has for each setting the fastest, "off" included.
+      prompts whose tokens are not those of plain generation; and how many of these first differ
+      where bfloat16 itself cannot tell two tokens apart (`greedy.Difference`; None where tokens are
+      sampled or computed in float32). `choices` has for each setting the fastest, "off" included.
 
     Raises:
       UserError: for fewer prompts than a batch, or a drafter that does not go with the model.
