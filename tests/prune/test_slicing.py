@@ -14,8 +14,9 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import save
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.cache import empty_cache
+from jaxopt_models.models.cached import prefill
 from jaxopt_models.models.model import Model
-from jaxopt_models.models.transformer import abstract_params, forward, prefill
+from jaxopt_models.models.transformer import abstract_params, forward
 from jaxopt_models.prune.masks import apply_masks, keep_all
 from jaxopt_models.prune.slicing import slice_model
 
