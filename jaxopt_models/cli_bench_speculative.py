@@ -50,7 +50,7 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import Drafter, Eagle3
+    from jaxopt_models.speculative import Drafter, Eagle3, Medusa
     from jaxopt_models.speculative.named import as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
@@ -59,11 +59,11 @@ def bench_speculative(
     drafters: dict[str, Drafter] = {
         f"{name}, K = {tokens}": replace(drafter, count=tokens)
         for name, drafter in named.items()
-        for tokens in draft_tokens or (4, 8)
+        for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, Medusa) else (4, 8))
     }
-    heads = {name: drafter for name, drafter in named.items() if isinstance(drafter, Eagle3)}
+    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | Medusa)}
     if draft_tree and not heads:
-        raise UserError("--draft-tree is of an EAGLE-3 head; name one with --draft")
+        raise UserError("--draft-tree is of EAGLE-3 or Medusa heads; name some with --draft")
     drafters |= {
         f"{name}, tree {shape}": as_tree(head, shape)
         for name, head in heads.items()

@@ -6,9 +6,11 @@ generate(config, params, prompts, draft=DraftModel(small.config, small.params, c
 
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
-from jaxopt_models.speculative.eagle3 import Eagle3, init_eagle3
-from jaxopt_models.speculative.eagle3_tree import Eagle3Tree
+from jaxopt_models.speculative.eagle3 import Eagle3
+from jaxopt_models.speculative.eagle3_params import init_eagle3
+from jaxopt_models.speculative.growth import TreeDrafter
 from jaxopt_models.speculative.loop import begin, speculate
+from jaxopt_models.speculative.medusa import Medusa, init_medusa
 from jaxopt_models.speculative.ngram import NGram
 from jaxopt_models.speculative.tree import Guess
 
@@ -16,12 +18,14 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Eagle3",
-    "Eagle3Tree",
     "Guess",
+    "Medusa",
     "NGram",
     "Seen",
     "Target",
+    "TreeDrafter",
     "begin",
     "init_eagle3",
+    "init_medusa",
     "speculate",
 ]

@@ -12,9 +12,7 @@ Where the model has not been, x_t stands for the features of the next place. Ref
 2025, arXiv:2503.01840.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +24,12 @@ from jaxopt_models.models.block import attention, feed_forward
 from jaxopt_models.models.cache import KVCache, LayerCache, empty_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import (
-    abstract_params,
     embed_tokens,
-    init,
     logits,
-    output_head,
     positions_of,
 )
 from jaxopt_models.models.tree_attention import Branches
-from jaxopt_models.ops import effective_weight, embed, linear
+from jaxopt_models.ops import embed, linear
 from jaxopt_models.sampling import Sampler
 from jaxopt_models.speculative.draft import Seen, Target
 from jaxopt_models.speculative.tree import Guess
@@ -118,116 +113,57 @@ class Eagle3:
         (_, _, cache), more = lax.scan(step, (x, first, cache), ahead)
         return Guess(jnp.concatenate([first, more.T], axis=1)), (cache,)
 
+    @property
+    def vocabulary(self) -> jax.Array:
+        """See `growth.Grower`."""
+        return self.params["vocabulary"]
 
-def init_eagle3(
-    target: Target,
-    key: jax.Array,
-    *,
-    layers: Sequence[int] | None = None,
-    vocabulary: jax.Array | None = None,
-    intermediate_size: int | None = None,
-    count: int = 5,
-) -> Eagle3:
-    """A head to be trained; its output is the model's, its other weights are random.
+    @property
+    def reach(self) -> None:
+        """See `growth.Grower`."""
 
-    Args:
-      target: the model.
-      key: random key.
-      layers: of the model; None is one early, one in the middle, one late.
-      vocabulary: int32 [V], rising, the tokens that it may say; None is all.
-      intermediate_size: of its feed-forward network; None is the model's.
-      count: tokens of a guess.
-    """
-    config = target.config
-    vocabulary = jnp.arange(config.vocab_size) if vocabulary is None else jnp.asarray(vocabulary)
-    own = _own_config(config, len(vocabulary), intermediate_size)
-    chosen = default_layers(config.num_layers) if layers is None else tuple(layers)
-    start = init(own, key, jnp.float32)
-    (layer,) = start["layers"]
-    width = own.hidden_size
-    keys = iter(jax.random.split(key, 4))
+    def grower(
+        self, target: Target, state: KVCache, seen: Seen, sampler: Sampler
+    ) -> tuple[Any, KVCache]:
+        """See `growth.Grower`. What a tree writes to the cache lies behind the text, where the next
+        pass writes before it reads."""
+        x, cache = caught_up(self, target, state, seen)
+        branch = _Branch(x, cache, jnp.zeros((len(seen.length), 1, 0), bool))
 
-    def drawn(rows: int, columns: int) -> dict[str, jax.Array]:
-        values = jax.random.normal(next(keys), (rows, columns), jnp.float32)
-        return {"weight": values * columns**-0.5}
+        def continued(level: int, token: jax.Array | None, above: jax.Array | None) -> jax.Array:
+            nonlocal branch
+            if token is not None and above is not None:
+                embedded = embeddings(self, target, self.vocabulary[token])
+                branch = branch.continued(self, level, embedded, above, seen.length - 1)
+            places = jnp.broadcast_to((seen.length + level)[:, None], branch.x.shape[:2])
+            own = scores(self, target, sampler, branch.x, places)
+            return jax.nn.log_softmax(own, axis=-1)
 
-    projections = {
-        name: drawn(layer["self_attn"][name]["weight"].shape[0], 2 * width)
-        for name in ("q_proj", "k_proj", "v_proj")
-    }
-    layer = layer | {
-        "hidden_norm": {"weight": jnp.ones(width, jnp.float32)},
-        "self_attn": layer["self_attn"] | projections,
-    }
-    norm = target.params["norm"]["weight"].astype(jnp.float32)
-    params = {
-        "fc": drawn(width, len(chosen) * config.hidden_size),
-        "layers": (layer,),
-        "norm": {"weight": 1.0 + norm if config.unit_offset_norm else norm},
-        "lm_head": {"weight": head_rows(target, vocabulary, jnp.float32)},
-        "vocabulary": vocabulary.astype(jnp.int32),
-    }
-    return Eagle3(own, params, chosen, count)
+        return continued, (cache,)
 
 
-def default_layers(count: int) -> tuple[int, ...]:
-    """Layers of a model of so many that are read: 1, n / 2 - 1 and n - 4, where there are as
-    many."""
-    return tuple(min(max(i, 0), count - 1) for i in (1, count // 2 - 1, count - 4))
+class _Branch(NamedTuple):
+    """Nodes of a level: x [B, n, D], the cache with all levels until now, and which of their nodes
+    each sees, bool [B, n, M]."""
 
+    x: jax.Array
+    cache: LayerCache
+    seen: jax.Array
 
-def head_rows(target: Target, vocabulary: jax.Array, dtype: Any) -> jax.Array:
-    """Of the model's output head, [V, D], those of some tokens."""
-    (head,) = output_head(target.params).values()
-    weight = head["weight"]
-    rows = weight if isinstance(weight, jax.Array) else effective_weight(weight)
-    return rows[vocabulary].astype(dtype)
-
-
-def _own_config(config: ModelConfig, tokens: int, intermediate_size: int | None) -> ModelConfig:
-    fields = {
-        "model_type": "llama",
-        "vocab_size": tokens,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": intermediate_size or config.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "max_position_embeddings": config.max_position,
-        "tie_word_embeddings": False,
-    }
-    return replace(ModelConfig.from_hf(fields), dtype=config.dtype)
-
-
-def abstract_eagle3(config: ModelConfig, features: int, dtype: Any) -> Any:
-    """Shapes of a head's parameters, but for what it may lack, as `jax.ShapeDtypeStruct`.
-
-    Args:
-      config: of the head.
-      features: numbers of a token that it reads.
-    """
-    whole = abstract_params(config, dtype)
-    (layer,) = whole["layers"]
-
-    def array(*shape: int) -> dict[str, Any]:
-        return {"weight": jax.ShapeDtypeStruct(shape, dtype)}
-
-    attention = {
-        name: array(module["weight"].shape[0], 2 * config.hidden_size)
-        for name, module in layer["self_attn"].items()
-        if name != "o_proj"
-    } | {"o_proj": layer["self_attn"]["o_proj"]}
-    layer = layer | {"self_attn": attention, "hidden_norm": array(config.hidden_size)}
-    return {
-        "fc": array(config.hidden_size, features),
-        "layers": (layer,),
-        "norm": whole["norm"],
-        "lm_head": whole["lm_head"],
-        "vocabulary": jax.ShapeDtypeStruct((config.vocab_size,), jnp.int32),
-    }
+    def continued(
+        self, head: Eagle3, level: int, embedded: jax.Array, above: jax.Array, first: jax.Array
+    ) -> "_Branch":
+        """The next level: embeddings [B, n, D], and int32 [B, n], of which node each is a child.
+        The tree begins at slot `first`, int32 [B]."""
+        batch, count = above.shape
+        own = jnp.broadcast_to(jnp.eye(count, dtype=bool), (batch, count, count))
+        before = jnp.take_along_axis(self.seen, above[:, :, None], axis=1)
+        seen = jnp.concatenate([before, own], axis=2)
+        depth = jnp.repeat(jnp.arange(level, dtype=jnp.int32), count)
+        branches = Branches(first, jnp.broadcast_to(depth, (batch, level * count)), seen)
+        hidden = jnp.take_along_axis(self.x, above[:, :, None], axis=1)
+        places = branches.positions
+        return _Branch(*cached_layer(head, hidden, embedded, places, self.cache, branches), seen)
 
 
 # What the head computes

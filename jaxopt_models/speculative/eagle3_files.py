@@ -27,7 +27,8 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.ops import effective_weight
-from jaxopt_models.speculative.eagle3 import Eagle3, abstract_eagle3, default_layers
+from jaxopt_models.speculative.eagle3 import Eagle3
+from jaxopt_models.speculative.eagle3_params import abstract_eagle3, default_layers
 from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path
 
 Layout = Literal["eagle3", "speculators"]

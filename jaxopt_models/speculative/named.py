@@ -9,17 +9,20 @@ from jaxopt_models.speculative.draft import Drafter
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_files import is_eagle3, read_eagle3
-from jaxopt_models.speculative.eagle3_tree import Eagle3Tree
+from jaxopt_models.speculative.growth import TreeDrafter
+from jaxopt_models.speculative.medusa import Medusa
+from jaxopt_models.speculative.medusa_files import is_medusa, read_medusa
 from jaxopt_models.speculative.ngram import NGram
 
 
 def load_drafter(
     name: str, target: ModelConfig, dtype: str | None = None
-) -> NGram | DraftModel | Eagle3:
+) -> NGram | DraftModel | Eagle3 | Medusa:
     """What guesses, with as many tokens of a guess as its kind has by default.
 
     Args:
-      name: "ngram", the directory of an EAGLE-3 head, or a model as `load` takes it.
+      name: "ngram", the directory of an EAGLE-3 head or of Medusa heads, or a model as `load` takes
+        it.
       target: the model that it is to guess for.
       dtype: of the activations of a head or a model; None is the model's, or the checkpoint's.
 
@@ -31,20 +34,22 @@ def load_drafter(
     found = resolve(name)
     if is_eagle3(found):
         return read_eagle3(found, target, dtype=dtype or target.dtype)
+    if is_medusa(found):
+        return read_medusa(found, target, dtype=dtype or target.dtype)
     loaded = load(name, dtype=dtype)
     return DraftModel(loaded.config, for_device(loaded.config, loaded.params))
 
 
-def as_tree(drafter: Drafter, shape: str) -> Eagle3Tree:
-    """A head that grows trees of a shape: "WIDTH,DEPTH,NODES", see `Eagle3Tree`.
+def as_tree(drafter: Drafter, shape: str) -> TreeDrafter:
+    """A head that grows trees of a shape: "WIDTH,DEPTH,NODES", see `TreeDrafter`.
 
     Raises:
       UserError: for another drafter, or a shape that cannot be.
     """
-    if not isinstance(drafter, Eagle3):
-        raise UserError(f"a tree {shape!r} grows from an EAGLE-3 head; name one with --draft")
+    if not isinstance(drafter, Eagle3 | Medusa):
+        raise UserError(f"a tree {shape!r} grows from EAGLE-3 or Medusa heads; give one as --draft")
     try:
         width, depth, count = (int(number) for number in shape.split(","))
     except ValueError:
         raise UserError(f"{shape!r} is no tree; say WIDTH,DEPTH,NODES, such as 8,6,32") from None
-    return Eagle3Tree(drafter, width, depth, count)
+    return TreeDrafter(drafter, width, depth, count)

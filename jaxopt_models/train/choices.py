@@ -174,24 +174,33 @@ class TeacherCache(Strict):
 
 
 class DraftHead(Strict):
-    """A head that guesses for the model, see `speculative.eagle3`.
+    """What guesses for the model, see `speculative.eagle3` and `speculative.medusa`.
 
     Attributes:
+      kind: one head that is run for each token ahead, or Medusa heads, one of `steps` for each.
       vocabulary: how many tokens it may say, those that the text has most of; None is all.
       layers: of the model, whose residual streams it reads; None is one early, middle and late.
       intermediate_size: of its feed-forward network; None is the model's.
       steps: ahead of the text that are trained; what each counts for, of the one before, is its
         `decay`.
-      count: tokens of a guess, as the head is saved.
+      count: tokens of a guess of an EAGLE-3 head, as it is saved.
     """
 
-    kind: Literal["eagle3"] = "eagle3"
+    kind: Literal["eagle3", "medusa"] = "eagle3"
     vocabulary: StrictInt | None = Field(default=None, ge=1)
     layers: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     intermediate_size: StrictInt | None = Field(default=None, ge=1)
     steps: StrictInt = Field(default=5, ge=1)
     decay: float = Field(default=0.8, gt=0, le=1)
     count: StrictInt = Field(default=5, ge=1)
+
+    @model_validator(mode="after")
+    def _options_of_its_kind(self) -> "DraftHead":
+        for name in ("vocabulary", "layers", "intermediate_size", "count"):
+            own = getattr(self, name) == type(self).model_fields[name].default
+            if self.kind == "medusa" and not own:
+                raise ValueError(f"{name!r} does not go with medusa; remove it")
+        return self
 
 
 class Evaluation(Strict):

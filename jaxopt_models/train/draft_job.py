@@ -13,10 +13,13 @@ from jax.sharding import Mesh
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.model import Model
 from jaxopt_models.speculative.draft import Target
-from jaxopt_models.speculative.eagle3 import Eagle3, init_eagle3
+from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_files import export_eagle3
+from jaxopt_models.speculative.eagle3_params import init_eagle3
+from jaxopt_models.speculative.medusa import Medusa, init_medusa
+from jaxopt_models.speculative.medusa_files import export_medusa
 from jaxopt_models.train.choices import DraftHead
-from jaxopt_models.train.draft_objective import eagle3_loss
+from jaxopt_models.train.draft_objective import draft_loss
 from jaxopt_models.train.job import Job, step_of
 from jaxopt_models.train.leaves import cast, computed, looped
 from jaxopt_models.train.loop import Evaluate
@@ -36,43 +39,34 @@ def draft_job(
     *,
     overwrite: bool = False,
 ) -> Job:
-    """A head to train, which `out` is to hold as `export_eagle3` writes it.
+    """A head to train, which `out` is to hold as `export_eagle3` or `export_medusa` writes it.
 
     Args:
       model: that it guesses for, of leaves of any kind.
       rows: the text that is trained on, whose most frequent tokens it may say.
     """
     chosen = settings.head or DraftHead()
-    count = model.config.num_layers
-    if not all(0 <= i < count for i in chosen.layers or ()):
-        raise UserError(
-            f"head.layers are {list(chosen.layers or ())}, and the model's layers 0 to {count - 1}"
-        )
     config = replace(model.config, dtype=settings.dtype)
-    head = init_eagle3(
-        Target(config, model.params),
-        jax.random.key(settings.seed),
-        layers=chosen.layers,
-        vocabulary=most_frequent(rows, config.vocab_size, chosen.vocabulary),
-        intermediate_size=chosen.intermediate_size,
-        count=chosen.count,
-    )
+    head = _new(chosen, Target(config, model.params), rows, settings.seed)
     optimizer = settings.optimizer.transformation(settings.steps)
     state = start(sharded(head.params, mesh), optimizer, settings.trained, settings.freeze)
     cast_model = looped(partial(cast, dtype=settings.dtype), config, settings.scan_layers)
     context = cast_model(sharded(model.params, mesh))
     remat = settings.remat != "none"
     options: dict[str, Any] = {"steps": chosen.steps, "decay": chosen.decay, "remat": remat}
-    loss = eagle3_loss(config, head, settings.terms("draft"), **options)
+    loss = draft_loss(config, head, settings.terms("draft"), **options)
     prepare = partial(computed, dtype=settings.dtype)
 
-    def finish(params: Any) -> Eagle3:
+    def finish(params: Any) -> Eagle3 | Medusa:
         return replace(head, params=_rounded(params))
 
-    def write(one: Eagle3, report: Any) -> None:
+    def write(one: Eagle3 | Medusa, report: Any) -> None:
         name = model.source and str(model.source)
         options: dict[str, Any] = {"dtype": _SAVED, "verifier": name, "overwrite": overwrite}
-        export_eagle3(out, one, model.config, **options)
+        if isinstance(one, Medusa):
+            export_medusa(out, one, **options)
+        else:
+            export_eagle3(out, one, model.config, **options)
 
     return Job(
         state,
@@ -82,6 +76,25 @@ def draft_job(
         best="refused",
         finish=finish,
         save=write,
+    )
+
+
+def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> Eagle3 | Medusa:
+    """The head before training."""
+    if chosen.kind == "medusa":
+        return init_medusa(target, chosen.steps)
+    count = target.config.num_layers
+    if not all(0 <= i < count for i in chosen.layers or ()):
+        raise UserError(
+            f"head.layers are {list(chosen.layers or ())}, and the model's layers 0 to {count - 1}"
+        )
+    return init_eagle3(
+        target,
+        jax.random.key(seed),
+        layers=chosen.layers,
+        vocabulary=most_frequent(rows, target.config.vocab_size, chosen.vocabulary),
+        intermediate_size=chosen.intermediate_size,
+        count=chosen.count,
     )
 
 

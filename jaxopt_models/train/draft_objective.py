@@ -12,9 +12,11 @@ from jaxopt_models.distill.objective import summed_losses
 from jaxopt_models.distill.predictor import Predictor
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import hidden_states_with_layers
+from jaxopt_models.models.transformer import hidden_states_with_layers, output_head
 from jaxopt_models.speculative.draft import Target
-from jaxopt_models.speculative.eagle3 import Eagle3, head_rows
+from jaxopt_models.speculative.eagle3 import Eagle3
+from jaxopt_models.speculative.eagle3_params import head_rows
+from jaxopt_models.speculative.medusa import Medusa
 from jaxopt_models.speculative.unrolled import unrolled
 from jaxopt_models.train.objectives import QAD, Term, logit_losses
 from jaxopt_models.train.step import Loss, Sums
@@ -23,28 +25,29 @@ from kernels_pallas import rms_norm
 _REFUSED = LogitLoss("total_variation")
 
 
-def eagle3_loss(
+def draft_loss(
     config: ModelConfig,
-    head: Eagle3,
+    head: Eagle3 | Medusa,
     terms: Sequence[Term] = QAD,
     *,
     steps: int = 5,
     decay: float = 0.8,
     remat: bool = False,
 ) -> Loss:
-    """The loss of an EAGLE-3 head, for `make_train_step`.
+    """The loss of a draft head, for `make_train_step`.
 
         Σ_s decay^s Σ_t Σ_i weight_i loss_i(q_{t,s}, p_{t+1+s})  /  Σ_s decay^s
 
-    q_{t,s} is what the head says at index t of step s, see `unrolled`; p_u what the model says
-    behind token u, of the tokens in the head's vocabulary.
+    q_{t,s} is what the head says at index t of step s, of token t + 2 + s: an EAGLE-3 head as in
+    `unrolled`, or Medusa head s; p_u what the model says behind token u, of the tokens in the
+    head's vocabulary.
 
     Args:
       config: of the model; its dtype is the one that its pass is computed in.
       head: as it is trained; its parameters are not read here.
       terms: losses of next tokens, and what each counts; cross-entropy has nothing to say of tokens
         that are not in the head's vocabulary.
-      steps: that are trained; static, as the next.
+      steps: that are trained, or Medusa heads; static, as the next.
       decay: what each counts for, of the one before.
       remat: whether a step is computed again for gradients.
 
@@ -65,22 +68,18 @@ def eagle3_loss(
         tokens, starts = batch["tokens"], batch.get("starts")
         mask = batch.get("mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
         hidden, features = _of_the_model(target, tokens, head.layers, starts)
-        rows = head_rows(target, params["vocabulary"], config.dtype)
-        teacher = replace(config, vocab_size=len(rows), tie_word_embeddings=False)
+        said = _predictors(own, target, tokens, features, steps, starts, remat)
+        teacher, targets = _teacher(own, target, hidden), tokens
+        if own.vocabulary is not None:
+            # Which tokens they are matters to cross-entropy alone.
+            targets = _in_own_vocabulary(own.vocabulary, tokens)
         weights = jnp.stack([*(term.weight_at(step) for term in terms), jnp.float32(0.0)])
         total, others, count = jnp.float32(0.0), {}, jnp.float32(0.0)
-        for s, x in enumerate(unrolled(own, target, tokens, features, steps, starts, remat)):
+        for s, student in enumerate(said):
             learnt = _shifted_mask(mask, starts, 1 + s)
-            its = jnp.roll(hidden, -(1 + s), axis=1)
-            part, sums = summed_losses(
-                measured,
-                weights,
-                _student(own, x),
-                Predictor({"lm_head": {"weight": rows}}, its, teacher),
-                # Which tokens they are matters to cross-entropy alone.
-                _in_own_vocabulary(params["vocabulary"], jnp.roll(tokens, -(1 + s), axis=1)),
-                learnt,
-            )
+            its = replace(teacher, hidden=jnp.roll(hidden, -(1 + s), axis=1))
+            ahead = jnp.roll(targets, -(1 + s), axis=1)
+            part, sums = summed_losses(measured, weights, student, its, ahead, learnt)
             total += decay**s / total_decay * part
             count = count if s else jnp.sum(learnt[:, 1:])
             names = [loss.kind for loss in losses]
@@ -95,14 +94,43 @@ def _of_the_model(
     target: Target, tokens: jax.Array, layers: Sequence[int], starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """(what its output head reads, features), both without gradient."""
-    found = hidden_states_with_layers(target.config, target.params, tokens, layers, starts)
+    own = target.config.num_layers
+    inner = [i for i in layers if i != own]
+    found = hidden_states_with_layers(target.config, target.params, tokens, inner, starts)
     hidden, behind = jax.lax.stop_gradient(found)
-    return hidden, jnp.concatenate([behind[i] for i in layers], axis=-1)
+    return hidden, jnp.concatenate([(behind | {own: hidden})[i] for i in layers], axis=-1)
 
 
-def _student(head: Eagle3, x: jax.Array) -> Predictor:
-    normed = rms_norm(x, head.params["norm"]["weight"], head.config.rms_norm_eps)
-    return Predictor({"lm_head": head.params["lm_head"]}, normed, head.config)
+def _predictors(
+    head: Eagle3 | Medusa,
+    target: Target,
+    tokens: jax.Array,
+    features: jax.Array,
+    steps: int,
+    starts: jax.Array | None,
+    remat: bool,
+) -> list[Predictor]:
+    """What a head says at each step, in its own vocabulary."""
+    if isinstance(head, Medusa):
+        outputs = [one["lm_head"] for one in head.params["heads"][:steps]]
+        states = [head.states(features, number) for number in range(steps)]
+    else:
+        outputs = [head.params["lm_head"]] * steps
+        norm = head.params["norm"]["weight"], head.config.rms_norm_eps
+        found = unrolled(head, target, tokens, features, steps, starts, remat)
+        states = [rms_norm(x, *norm) for x in found]
+    pairs = zip(outputs, states, strict=True)
+    return [Predictor({"lm_head": output}, x, head.config) for output, x in pairs]
+
+
+def _teacher(head: Eagle3 | Medusa, target: Target, hidden: jax.Array) -> Predictor:
+    """The model, of the tokens that a head may say."""
+    config, vocabulary = target.config, head.vocabulary
+    if vocabulary is None:
+        return Predictor(output_head(target.params), hidden, config)
+    rows = head_rows(target, vocabulary, config.dtype)
+    config = replace(config, vocab_size=len(rows), tie_word_embeddings=False)
+    return Predictor({"lm_head": {"weight": rows}}, hidden, config)
 
 
 def _shifted_mask(mask: jax.Array, starts: jax.Array | None, by: int) -> jax.Array:

@@ -18,12 +18,8 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import Eagle3, Seen, Target, begin, init_eagle3, speculate
-from jaxopt_models.speculative.eagle3 import (
-    cached_layer,
-    default_layers,
-    embeddings,
-    fused,
-)
+from jaxopt_models.speculative.eagle3 import cached_layer, embeddings, fused
+from jaxopt_models.speculative.eagle3_params import default_layers
 from jaxopt_models.speculative.unrolled import unrolled
 
 # The tokens that a head of half the vocabulary may say.

@@ -19,12 +19,13 @@ from jaxopt_models import cli
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import forward, forward_with_taps
-from jaxopt_models.speculative import Target, init_eagle3
+from jaxopt_models.speculative import Target, init_eagle3, init_medusa
 from jaxopt_models.speculative.eagle3 import head_logits
 from jaxopt_models.speculative.eagle3_files import read_eagle3
+from jaxopt_models.speculative.medusa_files import read_medusa
 from jaxopt_models.speculative.unrolled import unrolled
 from jaxopt_models.train.draft_job import most_frequent
-from jaxopt_models.train.draft_objective import eagle3_loss
+from jaxopt_models.train.draft_objective import draft_loss
 from jaxopt_models.train.leaves import computed
 from jaxopt_models.train.objectives import Term
 from jaxopt_models.train.run import train
@@ -62,7 +63,7 @@ def test_the_loss_is_what_it_says(target, text, kind):
     tokens, length, cut = text[:2], text.shape[1], 9
     starts = jnp.asarray([[0] * length, [0] * cut + [cut] * (length - cut)], jnp.int32)
     mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, tokens.shape), jnp.float32)
-    loss = eagle3_loss(CONFIG, head, [Term(LogitLoss(kind), 2.0)], steps=STEPS, decay=0.5)
+    loss = draft_loss(CONFIG, head, [Term(LogitLoss(kind), 2.0)], steps=STEPS, decay=0.5)
     batch = {"tokens": tokens, "mask": mask, "starts": starts}
     found = loss(head.params, target.params, batch, jnp.zeros((), jnp.int32))
     total, refused, count = 0.0, np.zeros(STEPS), 0.0
@@ -98,7 +99,7 @@ def test_a_trained_head_is_right_more_often(target, text, quantize):
     if quantize:
         target = replace(target, params=quantized(target.params))
     head = init_eagle3(target, jax.random.key(0), count=STEPS)
-    loss = eagle3_loss(CONFIG, head, steps=STEPS)
+    loss = draft_loss(CONFIG, head, steps=STEPS)
     optimizer = optax.adam(3e-3)
     prepare = partial(computed, dtype="float32")
     step = make_train_step(loss, optimizer, prepare=prepare, max_norm=1.0)
@@ -127,6 +128,27 @@ def test_the_most_frequent_tokens_are_those_that_are_learnt():
     assert most_frequent(rows, 9, None).tolist() == list(range(9))
     with pytest.raises(UserError, match="head.vocabulary is 10, and the model has 9 tokens"):
         most_frequent(rows, 9, 10)
+
+
+def test_medusa_heads_learn_the_same_places(target, text):
+    """Head s of token t + 2 + s, which the model says behind token t + 1 + s."""
+    medusa = init_medusa(target, STEPS)
+    loss = draft_loss(CONFIG, medusa, steps=STEPS, decay=0.5)
+    batch, step = {"tokens": text[:3]}, jnp.zeros((), jnp.int32)
+    found = loss(medusa.params, target.params, batch, step)
+    log_p = np.asarray(jax.nn.log_softmax(forward(CONFIG, target.params, text[:3])), np.float64)
+    total = 0.0
+    for s in range(STEPS):  # new heads say what the model does
+        p, q = log_p[:, 1 + s : -1], log_p[:, : -2 - s]
+        total += 0.5**s / 1.75 * (np.exp(p) * (p - q)).sum()
+    np.testing.assert_allclose(found.total, total, rtol=1e-4)
+    optimizer = optax.adam(3e-3)
+    step_of = make_train_step(loss, optimizer, max_norm=1.0)
+    state, losses = start(medusa.params, optimizer), []
+    for _ in range(40):
+        state, metrics = step_of(state, target.params, {"tokens": text})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
 
 
 # Whole runs
@@ -185,6 +207,18 @@ def test_a_run_ends_with_a_head_that_generation_takes(model, tmp_path, run):
     assert run(*arguments, "--draft", out / "model", "--draft-tree", "2,2,4")[0] == plain
 
 
+def test_a_run_of_medusa_heads(model, tmp_path, run):
+    settings = RunSettings.of({"model": model} | SMALL | {"head": {"kind": "medusa", "steps": 2}})
+    made = train("draft", settings, tmp_path / "run").model
+    found = read_medusa(tmp_path / "run" / "model", jom.load(model).config)
+    assert found.count == 2
+    for own, its in zip(*map(jax.tree.leaves, (found.params, made.params)), strict=True):
+        assert (own == its).all()
+    arguments = "generate", model, "--prompt", "So it goes", "--max-new-tokens", 8
+    plain, _ = run(*arguments)
+    assert run(*arguments, "--draft", tmp_path / "run" / "model")[0] == plain
+
+
 def test_a_run_that_is_resumed_is_the_same(model, tmp_path):
     settings = RunSettings.of({"model": model} | SMALL)
     whole = train("draft", settings, tmp_path / "whole")
@@ -221,6 +255,7 @@ def test_a_mesh_trains_the_same(model, tmp_path):
         ({"losses": [{"kind": "hidden_cosine"}]}, "draft is trained for next tokens"),
         ({"head": {"layers": [0, 5]}}, r"head.layers are \[0, 5\], and the model's layers 0 to 1"),
         ({"head": {"steps": 0}}, "head.steps"),
+        ({"head": {"kind": "medusa", "layers": [1]}}, "'layers' does not go with medusa"),
     ],
 )
 def test_settings_that_do_not_go_together(model, tmp_path, changes, problem):

@@ -15,7 +15,7 @@ from jaxopt_models.models.cache import empty_cache
 from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.transformer import init
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.speculative import Eagle3, Eagle3Tree, Seen, Target, begin, init_eagle3
+from jaxopt_models.speculative import Eagle3, Seen, Target, TreeDrafter, begin, init_eagle3
 from jaxopt_models.speculative.eagle3 import cached_layer, embeddings, fused, head_logits
 
 
@@ -65,7 +65,7 @@ def searched(text: list[int], features: np.ndarray, width: int, depth: int, coun
 
 def test_the_most_likely_nodes_grow():
     width, depth, count = 3, 4, 9
-    drafter, own = Eagle3Tree(head(), width, depth, count), target()
+    drafter, own = TreeDrafter(head(), width, depth, count), target()
     sampler = make_sampler(3)
     state = begin(own.config, own.params, PROMPTS, 8, sampler, (), drafter)
     decode = state.decode
@@ -91,7 +91,7 @@ def test_tokens_are_those_of_plain_generation(shape):
     own = target()
     options: dict[str, Any] = {"max_new_tokens": 30, "temperature": [0.0, 1.0, 0.7]}
     options["top_p"] = [1.0, 0.9, 1.0]
-    draft = Eagle3Tree(head(), *shape)
+    draft = TreeDrafter(head(), *shape)
     found = generate(own.config, own.params, PROMPTS, draft=draft, **options)
     assert found.tokens == generate(own.config, own.params, PROMPTS, **options).tokens
     assert found.acceptance_length is not None and max(found.acceptance_length) > 1.0
@@ -108,4 +108,4 @@ def test_tokens_are_those_of_plain_generation(shape):
 )
 def test_trees_that_cannot_be(shape, problem):
     with pytest.raises(UserError, match=problem):
-        Eagle3Tree(head(), *shape).check(LLAMA)
+        TreeDrafter(head(), *shape).check(LLAMA)
