@@ -29,6 +29,7 @@ from jaxopt_models.cli_options import (
     OutOption,
     SetOption,
 )
+from jaxopt_models.cli_prune import prune
 from jaxopt_models.cli_train import train
 from jaxopt_models.demo import run_demo
 from jaxopt_models.errors import UserError
@@ -38,6 +39,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 app.add_typer(bench, name="bench")
 app.command()(corpus)
 app.command()(generate)
+app.command()(prune)
 app.command()(train)
 
 

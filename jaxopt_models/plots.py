@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.prune.candidates import BASELINE
+from jaxopt_models.prune.search import Scored, frontier
 from jaxopt_models.quantize.groups import GROUPS
 from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.options import UNITS, Point, Unit
@@ -52,6 +54,44 @@ def pareto_plot(
     axes.set_title("Mixed precision: what a budget buys")
     axes.set_xlabel(f"cost ({UNITS[unit]})")
     axes.set_ylabel("predicted KL to the original (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def candidates_plot(scored: Sequence[Scored], unit: str = "parameters") -> Figure:
+    """Divergence of pruning candidates by what they cost; the line joins those that no other beats
+    in both, of those measured on the most text. Others are grey.
+
+    Args:
+      scored: from `prune.search.halve`.
+      unit: of their costs.
+    """
+    figure = _figure()
+    axes = figure.add_subplot()
+    most = max(one.windows for one in scored)
+    best = frontier(scored)
+    axes.step(
+        [one.candidate.cost for one in best],
+        [one.damage.kl for one in best],
+        where="post",
+        color="tab:blue",
+        label="best within a cost",
+    )
+    groups = {
+        f"measured on {most} windows": [one for one in scored if one.windows == most],
+        "measured on fewer": [one for one in scored if one.windows < most],
+        BASELINE: [one for one in scored if one.candidate.name == BASELINE],
+    }
+    colors = ("tab:blue", "lightgrey", "tab:red")
+    for (name, some), color in zip(groups.items(), colors, strict=True):
+        if some:
+            costs, kls = [one.candidate.cost for one in some], [one.damage.kl for one in some]
+            axes.scatter(costs, kls, label=name, color=color)
+    axes.set_yscale("log")
+    axes.set_title("Pruning: candidates within a budget")
+    axes.set_xlabel(unit)
+    axes.set_ylabel("KL to the original (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -241,7 +241,8 @@ def _writer(
 
 
 def _times(config: ModelConfig, array: jax.Array, factors: jax.Array) -> jax.Array:
-    wider = jnp.promote_types(array.dtype, config.dtype)
+    with jax.numpy_dtype_promotion("standard"):
+        wider = jnp.promote_types(array.dtype, config.dtype)
     return (array.astype(jnp.float32) * factors).astype(wider)
 
 

@@ -1,0 +1,80 @@
+"""The command that cuts a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxopt_models import data, report
+from jaxopt_models.cli_options import JsonOption, ModelArg, OutOption, SetOption
+from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json
+
+
+def prune(
+    model: ModelArg,
+    config: Annotated[Path, typer.Option(help="YAML file of what to remove; see configs/runs.")],
+    out: OutOption,
+    overrides: SetOption = None,
+    json: JsonOption = None,
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            "--report", help="Directory to create: report.json, candidates.csv, candidates.png."
+        ),
+    ] = None,
+) -> None:
+    """Remove layers, channels, neurons, heads or experts of a model, or weights, and save it."""
+    import jaxopt_models as jom
+    from jaxopt_models import report_pruning
+    from jaxopt_models.prune import run
+    from jaxopt_models.prune.settings import PruneSettings
+
+    settings = PruneSettings.load(config, tuple(overrides or ()))
+    for option, path in (("--out", out), ("--report", files)):
+        if path and path.exists():
+            raise UserError(f"{path} exists already; choose another {option} or remove it")
+    with report.working(f"loading {model}"):
+        loaded = jom.load(model)
+    with report.working("tokenizing"):
+        calibration, evaluation = _texts(loaded, settings)
+    small, params, result = run.prune(loaded, settings, calibration, evaluation, report.progress)
+    with report.working(f"saving {out}"):
+        jom.save(
+            out,
+            small,
+            params,
+            loaded.tokenizer,
+            recipe=settings.model_dump(mode="json"),
+            report=result.as_dict(),
+            provenance={"source": loaded.source, "calibration": settings.text},
+        )
+    if json:
+        write_json(json, result.as_dict())
+    if files:
+        report_pruning.save_report(files, result)
+    if result.candidates:
+        report.out.print(report_pruning.candidates_table(result))
+    report.out.print(report_pruning.evaluation_table(result))
+    report.say(f"{report_pruning.totals_line(result)} -> {out}")
+
+
+def _texts(model, settings) -> tuple[list, list]:
+    """(calibration, evaluation) batches.
+
+    Raises:
+      UserError: if both are the same text.
+    """
+    own, other = settings.text, settings.evaluation.text
+    texts = data.load_text(own, "calibration"), data.load_text(other, "evaluation")
+    if texts[0] == texts[1]:
+        raise UserError(
+            f"evaluation.text {other!r} is the text that is pruned by, on which everything looks "
+            "better than it is; name another"
+        )
+    counts = settings.windows, settings.evaluation.windows
+    calibration, evaluation = (
+        data.token_batches(model, text, count, settings.length, settings.batch)
+        for text, count in zip(texts, counts, strict=True)
+    )
+    return calibration, evaluation

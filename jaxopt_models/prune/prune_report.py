@@ -1,0 +1,65 @@
+"""What pruning did and what it cost, as data."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxopt_models.evaluate import Metrics
+from jaxopt_models.prune.candidates import Candidate
+from jaxopt_models.prune.damage import Damage
+from jaxopt_models.prune.search import Scored
+from jaxopt_models.prune.sizes import Unit
+from jaxopt_models.prune.sparsity import SparseReport
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was done, and what it cost.
+
+    Attributes:
+      unit: of costs of candidates.
+      budget: largest cost; None without a search.
+      candidates: best first, see `search.halve`; empty without a search.
+      chosen: None where nothing was cut.
+      parameters, bytes: before and after; zeros in matrices count like other weights.
+      sparsity: a row for each weight that got zeros.
+      original, pruned: measured on other text, the pruned model beside the original.
+      uniform: the uniform candidate likewise, without zeros; None without a search, and where it
+        was chosen or does not fit the budget.
+      seconds: of each step.
+    """
+
+    unit: Unit
+    budget: int | None
+    candidates: tuple[Scored, ...]
+    chosen: Candidate | None
+    parameters: tuple[int, int]
+    bytes: tuple[int, int]
+    sparsity: tuple[SparseReport, ...]
+    original: Metrics
+    pruned: Metrics
+    uniform: Damage | None
+    seconds: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields by name, as JSON values."""
+        before_after = {
+            name: dict(zip(("before", "after"), getattr(self, name), strict=True))
+            for name in ("parameters", "bytes")
+        }
+        measured = {"original": self.original.as_dict(), "pruned": self.pruned.as_dict()}
+        if self.uniform is not None:
+            measured["uniform"] = asdict(self.uniform)
+        return before_after | {
+            "unit": self.unit,
+            "budget": self.budget,
+            "chosen": None if self.chosen is None else self.chosen.as_dict(),
+            "candidates": [scored_dict(one) for one in self.candidates],
+            "sparsity": [row.as_dict() for row in self.sparsity],
+            "evaluation": measured,
+            "seconds": self.seconds,
+        }
+
+
+def scored_dict(scored: Scored) -> dict[str, Any]:
+    """A row of the table of candidates."""
+    return scored.candidate.as_dict() | asdict(scored.damage) | {"windows": scored.windows}

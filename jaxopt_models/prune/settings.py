@@ -1,0 +1,181 @@
+"""Settings of pruning, as users write them down.
+
+    budget: {parameters: 0.8}         # or a number of them, or bytes; searched for
+    axes: [layers, hidden, neurons]   # that may be cut
+    keep: {layers: 24}                # in place of a budget: this, without a search
+    sparsity: {pattern: "2:4", method: wanda, update: exact}   # zeros in what is left
+    text: builtin                     # or a file, or hf:NAME: importance and search
+    windows: 64
+    length: 512
+    batch: 4
+    multiple: 64                      # of widths
+    uniform: true                     # equal widths in all layers, as exports need
+    rescale_norms: false              # gains of norms for the narrower stream
+    search: {candidates: 32, first: 4, finalists: 4, least: 0.4}
+    seed: 0
+    evaluation: {text: builtin, windows: 16}
+
+One of `budget`, `keep` and `sparsity` is needed; `sparsity` goes with both others.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+
+from jaxopt_models.errors import UserError
+from jaxopt_models.prune.choose import Target
+from jaxopt_models.prune.patterns import Pattern
+from jaxopt_models.prune.sizes import Axis, Unit
+from jaxopt_models.prune.sparsity import Method, Sparsity, Update
+from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
+
+type _Count = StrictInt | tuple[StrictInt, ...]
+
+
+class Budget(Strict):
+    """Largest cost of the pruned model: below 1 a share of the original's, else a number."""
+
+    parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    bytes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.parameters is None) == (self.bytes is None):
+            raise ValueError("give 'parameters' or 'bytes', one of them")
+        return self
+
+    @property
+    def unit(self) -> Unit:
+        return "bytes" if self.parameters is None else "parameters"
+
+    def of(self, whole: int) -> int:
+        """The number that it is of a model of cost `whole`."""
+        value = self.bytes if self.parameters is None else self.parameters
+        assert value is not None  # `_one`
+        return int(value * whole) if value < 1 else int(value)
+
+
+class Keep(Strict):
+    """How much stays; see `choose.Target`. Layers of least influence go."""
+
+    layers: StrictInt | None = None
+    hidden: StrictInt | None = None
+    neurons: _Count | None = None
+    heads: _Count | None = None
+    groups: _Count | None = None
+    experts: _Count | None = None
+    expert_neurons: _Count | None = None
+
+    def target(self, multiple: int) -> Target:
+        return Target(**self.model_dump(), multiple=multiple)
+
+
+class Zeros(Strict):
+    """Zeros in weights; see `sparsity.Sparsity`."""
+
+    pattern: StrictStr | float
+    method: Method = "sparsegpt"
+    update: Update | None = None
+    damping: float = Field(default=0.01, gt=0)
+    weights: Globs = Sparsity.__dataclass_fields__["weights"].default
+
+    def sparsity(self) -> Sparsity:
+        """What to do; without a word on it, SparseGPT updates weights and others leave them.
+
+        Raises:
+          UserError: for an unknown pattern, and an update that does not go with the method.
+        """
+        update = self.update or ("obs" if self.method == "sparsegpt" else "none")
+        pattern = Pattern.parse(self.pattern)
+        return Sparsity(pattern, self.method, update, self.damping, self.weights)
+
+
+class Search(Strict):
+    """
+    Attributes:
+      candidates: drawn, beside the uniform one, those of single axes and runs of layers.
+      first: windows of the first round.
+      finalists: how many are measured on all windows.
+      least: share of each axis that stays at least.
+    """
+
+    candidates: StrictInt = Field(default=32, ge=0)
+    first: StrictInt = Field(default=4, ge=1)
+    finalists: StrictInt = Field(default=4, ge=1)
+    least: float = Field(default=0.4, gt=0, le=1)
+
+
+class Evaluation(Strict):
+    """Text that nothing was chosen by."""
+
+    text: str = "builtin"
+    windows: StrictInt = Field(default=16, ge=1)
+
+
+class PruneSettings(Strict):
+    """See the module's docstring.
+
+    Attributes:
+      axes: None is all that the model has, but key-value groups.
+      equal_sites, weighted: see `importance.importance`.
+    """
+
+    budget: Budget | None = None
+    keep: Keep | None = None
+    sparsity: Zeros | None = None
+    axes: tuple[Axis, ...] | None = None
+    multiple: StrictInt = Field(default=64, ge=1)
+    uniform: StrictBool = True
+    rescale_norms: StrictBool = False
+    equal_sites: StrictBool = False
+    weighted: StrictBool = False
+    text: str = "builtin"
+    windows: StrictInt = Field(default=64, ge=1)
+    length: StrictInt = Field(default=512, ge=2)
+    batch: StrictInt = Field(default=4, ge=1)
+    search: Search = Search()
+    seed: StrictInt = Field(default=0, ge=0)
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _what(self) -> Self:
+        if self.budget is not None and self.keep is not None:
+            raise ValueError("'budget' searches for what 'keep' says; leave out one of them")
+        if self.budget is None and self.keep is None and self.sparsity is None:
+            raise ValueError("nothing is to be removed; give a 'budget', 'keep' or 'sparsity'")
+        if self.keep is not None and self.keep == Keep():
+            raise ValueError("'keep' is empty; say how much stays, as {layers: 24}")
+        for name in ("axes", "search") if self.budget is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} is for a search; give a 'budget' or leave it out")
+        if self.axes is not None and (not self.axes or len(set(self.axes)) < len(self.axes)):
+            raise ValueError("'axes' is empty or names one twice; name each that may be cut")
+        if self.sparsity is not None:
+            self.sparsity.sparsity()
+        return self
+
+    @classmethod
+    def load(cls, file: str | Path, overrides: Sequence[str] = ()) -> "PruneSettings":
+        """Reads a YAML file.
+
+        Args:
+          overrides: "dotted.key=value" with YAML values.
+
+        Raises:
+          UserError: for a missing file, YAML that does not parse, an unknown key or a wrong value.
+        """
+        try:
+            fields: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"pruning {file}: cannot be read ({first_line(error)})") from error
+        if not isinstance(fields, dict):
+            raise UserError(f"pruning {file}: expected keys such as 'budget', found {fields!r}")
+        for assignment in overrides:
+            fields = with_override(fields, assignment, optional=cls.model_fields)
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(f"pruning {file}: {explain(error, 'settings')}") from error

@@ -1,0 +1,127 @@
+"""What people see of pruning: the candidates, what was measured, and files of both."""
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from jaxopt_models.checkpoint.atomic import new_directory
+from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json, write_text
+from jaxopt_models.prune.candidates import BASELINE, Candidate
+from jaxopt_models.prune.prune_report import PruneReport, scored_dict
+from jaxopt_models.report import empty_table
+
+
+def candidates_table(report: PruneReport, count: int = 10) -> Table:
+    """The best candidates, and the uniform one in any case."""
+    table = empty_table(
+        f"candidates within {report.budget:,} {report.unit}",
+        f"{len(report.candidates)} candidates; KL in nats a token, of those measured the longest "
+        "the best first",
+    )
+    for column in ("candidate", "keeps"):
+        table.add_column(column, justify="left", overflow="fold")
+    for column in (report.unit, "windows", "KL", "top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for place, one in enumerate(report.candidates):
+        if place >= count and one.candidate.name != BASELINE:
+            continue
+        table.add_row(
+            one.candidate.name,
+            kept_text(one.candidate),
+            f"{one.candidate.cost:,}",
+            str(one.windows),
+            f"{one.damage.kl:.4f}",
+            f"{one.damage.top1_agreement:.3f}",
+        )
+    return table
+
+
+def kept_text(candidate: Candidate) -> str:
+    """ "hidden 512, neurons 1024, without layers 3, 7-9" """
+    fields = candidate.as_dict()
+    parts = [f"{axis} {number}" for axis, number in fields["keep"].items()]
+    if candidate.dropped:
+        parts.append(f"without layers {_runs(candidate.dropped)}")
+    return ", ".join(parts)
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours as first-last."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def evaluation_table(report: PruneReport) -> Table:
+    """Original, pruned and uniform model on text that nothing was chosen by."""
+    title = f"on other text, {report.original.positions} positions"
+    table = empty_table(title)
+    table.add_column("model", justify="left")
+    for column in ("perplexity", "KL", "top-1"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("original", f"{report.original.perplexity:.3f}", "-", "-")
+    rows = [("pruned", report.pruned), (BASELINE, report.uniform)]
+    for name, found in rows:
+        if found is not None:
+            figures = f"{math.exp(found.nll):.3f}", f"{found.kl:.4f}", f"{found.top1_agreement:.3f}"
+            table.add_row(name, *figures)
+    return table
+
+
+def totals_line(report: PruneReport) -> str:
+    """How much went, what is left, and what that cost."""
+    before, after = report.parameters
+    parts = [f"{before:,} -> {after:,} parameters ({after / before:.1%})"]
+    if report.sparsity:
+        zeros = sum(row.sparsity for row in report.sparsity) / len(report.sparsity)
+        parts.append(f"{len(report.sparsity)} matrices with {zeros:.1%} zeros on average")
+    parts.append(f"perplexity {report.original.perplexity:.3f} -> {report.pruned.perplexity:.3f}")
+    parts.append(f"KL {report.pruned.kl:.4f} nats a token")
+    parts.append(f"{sum(report.seconds.values()):.1f} s")
+    return ", ".join(parts)
+
+
+def save_report(directory: str | Path, report: PruneReport) -> None:
+    """Writes a report as files, in a directory that appears only when complete.
+
+    report.json     the whole report
+    candidates.csv  a row for each candidate; absent without a search, as is
+    candidates.png  KL of each by its cost
+
+    Raises:
+      UserError: if something is there already, or cannot be written.
+    """
+    from jaxopt_models import plots  # matplotlib is slow to import, and few commands draw
+
+    target = Path(directory).expanduser().resolve()
+    if target.exists():
+        raise UserError(f"{directory} exists already; choose another directory or remove it")
+    try:
+        with new_directory(target) as scratch:
+            write_json(scratch / "report.json", report.as_dict())
+            if report.candidates:
+                write_text(scratch / "candidates.csv", _csv(report))
+                figure = plots.candidates_plot(report.candidates, report.unit)
+                plots.save_figure(figure, scratch / "candidates.png")
+    except OSError as error:
+        raise UserError(f"cannot write the report {target}: {error.strerror}") from error
+
+
+def _csv(report: PruneReport) -> str:
+    rows = [scored_dict(one) for one in report.candidates]
+    flat = [{k: v for k, v in row.items() if k != "keep"} | row["keep"] for row in rows]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
+    table.writeheader()
+    for row in flat:
+        table.writerow(row | {"dropped": " ".join(map(str, row["dropped"]))})
+    return text.getvalue()
