@@ -116,6 +116,7 @@ def test_prompts_come_in_the_chat_template(tiny_model, tmp_path):
 def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     for load in ("jaxopt_models.load", "jaxopt_models.speculative.named.load"):
         monkeypatch.setattr(load, lambda name, dtype=None: tiny_model)
+    monkeypatch.setattr("jaxopt_models.speculative.named.resolve", lambda name: tmp_path / name)
     (tmp_path / "p.txt").write_text("one is one\ntwo is two\nthree is three\n")
     command = ["bench", "speculative", "tiny", "--prompts", str(tmp_path / "p.txt")]
     options = ["--draft", "ngram", "--draft", "small", "--draft-tokens", "2", "--new-tokens", "8"]
