@@ -23,11 +23,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.models.block import attention, feed_forward
 from jaxopt_models.models.cache import KVCache, LayerCache, empty_cache
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.models.transformer import (
-    embed_tokens,
-    logits,
-    positions_of,
-)
+from jaxopt_models.models.transformer import embed_tokens, logits, positions_of
 from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.ops import embed, linear
 from jaxopt_models.sampling import Sampler

@@ -9,7 +9,6 @@ and i + 1, the input of the next, in speculators. Ours is i. The rotary embeddin
 a config.json without rope_theta means 10000, whatever the model has.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,17 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.atomic import new_directory
-from jaxopt_models.checkpoint.safetensors import TensorIndex, open_index
 from jaxopt_models.checkpoint.safetensors_writer import write_sharded
-from jaxopt_models.checkpoint.weights import as_weight, check_shape
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.ops import effective_weight
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_params import abstract_eagle3, default_layers
-from jaxopt_models.tree import is_leaf, leaves_with_paths, map_with_path
+from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
+from jaxopt_models.tree import leaves_with_paths, map_with_path
 
 Layout = Literal["eagle3", "speculators"]
 
@@ -51,10 +47,10 @@ _OPTIONS = ("fc_norm", "norm_before_fc", "parallel_drafting")
 def is_eagle3(directory: Path) -> bool:
     """Whether it holds such a head, by its config.json."""
     try:
-        fields = json.loads((directory / "config.json").read_bytes())
-        return not set(_ARCHITECTURES).isdisjoint(fields.get("architectures") or ())
-    except (OSError, ValueError, AttributeError):
+        named = read_config(directory).get("architectures") or ()
+    except UserError:
         return False
+    return not set(_ARCHITECTURES).isdisjoint(named)
 
 
 def read_eagle3(
@@ -77,16 +73,12 @@ def read_eagle3(
         options that are not supported.
     """
     directory = Path(directory).expanduser()
-    file = directory / "config.json"
-    try:
-        fields = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); give the directory of a head") from None
-    config, layers, before = _described(file, fields, target)
+    fields = read_config(directory)
+    config, layers, before = _described(directory / "config.json", fields, target)
     config = replace(config, dtype=dtype)
-    index = open_index(directory)
     reads = len(layers) * target.hidden_size
-    params = _read(index, abstract_eagle3(config, reads, jnp.float32), target)
+    shapes = abstract_eagle3(config, reads, jnp.float32)
+    params = _read(HeadTensors(directory, "a draft head"), shapes, target)
     head = Eagle3(config, params, layers, count, before)
     head.check(target)
     return head
@@ -119,13 +111,10 @@ def export_eagle3(
     """
     if layout not in get_args(Layout):
         raise UserError(f"layout {layout!r} is unknown; choose {', '.join(get_args(Layout))}")
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: already exists; choose another directory")
     fields = _fields(head, target, jnp.dtype(dtype).name)
     if layout == "speculators":
         fields = _speculators(head, fields, verifier)
-    with new_directory(path, overwrite=overwrite) as scratch:
+    with new_head(directory, overwrite) as scratch:
         if jax.process_index() == 0:
             write_sharded(scratch, _tensors(head, target, layout, np.dtype(dtype)))
             write_json(scratch / "config.json", fields)
@@ -163,49 +152,36 @@ def _described(
     return config, layers, bool(fields.get("norm_before_residual", False))
 
 
-def _read(index: TensorIndex, shapes: Any, target: ModelConfig) -> Any:
-    names = set(index.names())
-    layer = "midlayer" if any(name.startswith("midlayer.") for name in names) else "layers.0"
-    used: set[str] = set()
-
-    def read(name: str) -> np.ndarray:
-        if name not in names:
-            raise UserError(f"{index.path}: tensor {name!r} of a draft head is missing")
-        used.add(name)
-        return index.read(name)
+def _read(tensors: HeadTensors, shapes: Any, target: ModelConfig) -> Any:
+    prefixed = any(name.startswith("midlayer.") for name in tensors.names)
+    layer = "midlayer" if prefixed else "layers.0"
 
     def leaf(path: str, expected: Any) -> jax.Array:
-        name = _name(path, layer)
         if path == "vocabulary":
-            return jnp.asarray(_vocabulary(index, read, expected.shape[0], target), jnp.int32)
-        where = f"{index.path}: tensor {name!r}"
-        array = read(name)
-        check_shape(where, array.shape, expected.shape)
-        return jnp.asarray(as_weight(where, array, None))
+            return jnp.asarray(_vocabulary(tensors, expected.shape[0], target), jnp.int32)
+        return tensors.weight(_name(path, layer), expected.shape)
 
-    if "embed_tokens.weight" in names:
+    if "embed_tokens.weight" in tensors.names:
         size = target.vocab_size, shapes["norm"]["weight"].shape[0]
         table = jax.ShapeDtypeStruct(size, jnp.float32)
         shapes = shapes | {"embed_tokens": {"weight": table}}
     params = map_with_path(leaf, shapes)
-    left = sorted(names - used - {"t2d"})
-    if left:
-        raise UserError(f"{index.path}: tensor {left[0]!r} has no place in an EAGLE-3 head")
+    tensors.check_left_over("an EAGLE-3 head", ("t2d",))
     return params
 
 
-def _vocabulary(index: TensorIndex, read: Any, count: int, target: ModelConfig) -> np.ndarray:
-    if "d2t" not in index.names() and count == target.vocab_size:
+def _vocabulary(tensors: HeadTensors, count: int, target: ModelConfig) -> np.ndarray:
+    if "d2t" not in tensors.names and count == target.vocab_size:
         return np.arange(count)
-    found = read("d2t").astype(np.int64) + np.arange(count)
+    found = tensors.raw("d2t").astype(np.int64) + np.arange(count)
     inside = (found >= 0) & (found < target.vocab_size)
     if found.shape != (count,) or not inside.all() or (np.diff(found) <= 0).any():
         raise UserError(
-            f"{index.path}: tensor 'd2t' does not name {count} rising tokens among the model's "
+            f"{tensors.path}: tensor 'd2t' does not name {count} rising tokens among the model's "
             f"{target.vocab_size}; the head was made for another model"
         )
-    if "t2d" in index.names() and not np.array_equal(np.flatnonzero(index.read("t2d")), found):
-        raise UserError(f"{index.path}: tensors 'd2t' and 't2d' name different tokens")
+    if "t2d" in tensors.names and not np.array_equal(np.flatnonzero(tensors.raw("t2d")), found):
+        raise UserError(f"{tensors.path}: tensors 'd2t' and 't2d' name different tokens")
     return found
 
 
@@ -224,8 +200,7 @@ def _tensors(
     for path, leaf in leaves_with_paths(head.params):
         name = _name(path, layer)
         if path != "vocabulary":
-            values = effective_weight(leaf) if is_leaf(leaf) else leaf
-            yield name, as_weight(f"tensor {name!r}", np.asarray(values), dtype)
+            yield name, stored(name, leaf, dtype)
     vocabulary = np.asarray(head.params["vocabulary"], np.int64)
     said = np.zeros(target.vocab_size, np.bool_)
     said[vocabulary] = True

@@ -5,7 +5,6 @@
 the last of which is the head's output. That is the reference's layout.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.atomic import new_directory
-from jaxopt_models.checkpoint.safetensors import open_index
 from jaxopt_models.checkpoint.safetensors_writer import write_sharded
-from jaxopt_models.checkpoint.weights import as_weight, check_shape
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.ops import effective_weight
+from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
 from jaxopt_models.speculative.medusa import Medusa
-from jaxopt_models.tree import is_leaf
 
 _WEIGHTS = "medusa_lm_head.safetensors"
 
@@ -32,8 +27,8 @@ _WEIGHTS = "medusa_lm_head.safetensors"
 def is_medusa(directory: Path) -> bool:
     """Whether it holds such heads, by its config.json."""
     try:
-        return "medusa_num_heads" in json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
+        return "medusa_num_heads" in read_config(directory)
+    except UserError:
         return False
 
 
@@ -49,38 +44,29 @@ def read_medusa(directory: str | Path, target: ModelConfig, *, dtype: str = "flo
       UserError: for a file or tensor that is missing, misshapen, left over or not finite.
     """
     directory = Path(directory).expanduser()
-    file = directory / "config.json"
+    fields = read_config(directory)
     try:
-        fields = json.loads(file.read_bytes())
         count, blocks = int(fields["medusa_num_heads"]), int(fields.get("medusa_num_layers", 1))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: cannot be read ({error!r}); give the heads' directory") from None
-    index = open_index(directory / _WEIGHTS)
-    width, used = target.hidden_size, set[str]()
-
-    def read(name: str, *shape: int) -> jax.Array:
-        if name not in index.names():
-            raise UserError(f"{index.path}: tensor {name!r} of Medusa heads is missing")
-        used.add(name)
-        where, array = f"{index.path}: tensor {name!r}", index.read(name)
-        check_shape(where, array.shape, shape)
-        return jnp.asarray(as_weight(where, array, None))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{directory / 'config.json'}: says no number of Medusa heads ({error!r}); give the "
+            "heads' directory"
+        ) from None
+    tensors, width = HeadTensors(directory / _WEIGHTS, "Medusa heads"), target.hidden_size
 
     def block(head: int, number: int) -> dict[str, Any]:
-        name = f"{head}.{number}.linear"
-        weight, bias = read(f"{name}.weight", width, width), read(f"{name}.bias", width)
-        return {"linear": {"weight": weight, "bias": bias}}
+        name, shapes = f"{head}.{number}.linear", {"weight": (width, width), "bias": (width,)}
+        return {"linear": {key: tensors.weight(f"{name}.{key}", shapes[key]) for key in shapes}}
 
+    output = target.vocab_size, width
     heads = tuple(
         {
             "blocks": tuple(block(head, number) for number in range(blocks)),
-            "lm_head": {"weight": read(f"{head}.{blocks}.weight", target.vocab_size, width)},
+            "lm_head": {"weight": tensors.weight(f"{head}.{blocks}.weight", output)},
         }
         for head in range(count)
     )
-    left = sorted(set(index.names()) - used)
-    if left:
-        raise UserError(f"{index.path}: tensor {left[0]!r} has no place in {count} Medusa heads")
+    tensors.check_left_over(f"{count} Medusa heads")
     return Medusa(replace(target, dtype=dtype), {"heads": heads}, count)
 
 
@@ -104,9 +90,6 @@ def export_medusa(
     Raises:
       UserError: for a directory that exists, and weights that are not finite in the dtype.
     """
-    path = Path(directory).expanduser().resolve()
-    if path.exists() and not overwrite:
-        raise UserError(f"{path}: already exists; choose another directory")
     heads = medusa.params["heads"]
     fields = {
         "medusa_num_heads": len(heads),
@@ -116,7 +99,7 @@ def export_medusa(
         "vocab_size": medusa.config.vocab_size,
         "torch_dtype": jnp.dtype(dtype).name,
     }
-    with new_directory(path, overwrite=overwrite) as scratch:
+    with new_head(directory, overwrite) as scratch:
         if jax.process_index() == 0:
             (written,) = write_sharded(
                 scratch, _tensors(heads, np.dtype(dtype)), max_shard_bytes=2**63
@@ -126,12 +109,12 @@ def export_medusa(
 
 
 def _tensors(heads: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:
-    def tensor(name: str, leaf: Any) -> tuple[str, np.ndarray]:
-        values = effective_weight(leaf) if is_leaf(leaf) else leaf
-        return name, as_weight(f"tensor {name!r}", np.asarray(values), dtype)
-
     for i, head in enumerate(heads):
-        for j, block in enumerate(head["blocks"]):
-            for field in ("weight", "bias"):
-                yield tensor(f"{i}.{j}.linear.{field}", block["linear"][field])
-        yield tensor(f"{i}.{len(head['blocks'])}.weight", head["lm_head"]["weight"])
+        named = {
+            f"{i}.{j}.linear.{field}": block["linear"][field]
+            for j, block in enumerate(head["blocks"])
+            for field in ("weight", "bias")
+        }
+        named[f"{i}.{len(head['blocks'])}.weight"] = head["lm_head"]["weight"]
+        for name, leaf in named.items():
+            yield name, stored(name, leaf, dtype)
