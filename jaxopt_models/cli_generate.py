@@ -47,7 +47,7 @@ def generate(
     from jaxopt_models.inference import for_device
 
     if draft is None and (draft_tokens is not None or draft_tree is not None):
-        raise UserError("--draft-tokens and --draft-tree are of guesses; name a --draft")
+        raise UserError("--draft-tokens and --draft-tree are of a guess; say whose with --draft")
     if draft_tokens is not None and draft_tree is not None:
         raise UserError("--draft-tokens is of a chain, --draft-tree of a tree; choose one of them")
     with report.working(f"loading {model}"):
