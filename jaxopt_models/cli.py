@@ -28,6 +28,7 @@ from jaxopt_models.cli_options import (
     ModelArg,
     OutOption,
     SetOption,
+    refuse_existing,
 )
 from jaxopt_models.cli_prune import prune
 from jaxopt_models.cli_train import train
@@ -78,9 +79,7 @@ def quantize(
 ) -> None:
     """Quantize a model and save it as a checkpoint."""
     plan = jom.Recipe.load(recipe, tuple(overrides or ()))
-    for option, path in (("--out", out), ("--report", files)):
-        if path and path.exists():
-            raise UserError(f"{path} exists already; choose another {option} or remove it")
+    refuse_existing({"--out": out, "--report": files})
     loaded = _load(model, host)
     batches = None
     if plan.needs_text:

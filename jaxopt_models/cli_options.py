@@ -1,9 +1,12 @@
 """Arguments and options that several commands share."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from jaxopt_models.errors import UserError
 
 ModelArg = Annotated[
     str, typer.Argument(help="Checkpoint directory, .gguf file, hub id or built-in name.")
@@ -37,3 +40,10 @@ DtypeOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]
+
+
+def refuse_existing(paths: Mapping[str, Path | None]) -> None:
+    """Raises UserError for the first path that is there already, by its option."""
+    for option, path in paths.items():
+        if path and path.exists():
+            raise UserError(f"{path} exists already; choose another {option} or remove it")

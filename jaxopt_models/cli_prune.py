@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from jaxopt_models import data, report
-from jaxopt_models.cli_options import JsonOption, ModelArg, OutOption, SetOption
+from jaxopt_models.cli_options import JsonOption, ModelArg, OutOption, SetOption, refuse_existing
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 
@@ -31,9 +31,7 @@ def prune(
     from jaxopt_models.prune.settings import PruneSettings
 
     settings = PruneSettings.load(config, tuple(overrides or ()))
-    for option, path in (("--out", out), ("--report", files)):
-        if path and path.exists():
-            raise UserError(f"{path} exists already; choose another {option} or remove it")
+    refuse_existing({"--out": out, "--report": files})
     with report.working(f"loading {model}"):
         loaded = jom.load(model)
     with report.working("tokenizing"):

@@ -53,6 +53,23 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def new_report(directory: str | Path) -> Iterator[Path]:
+    """A directory for the files of a report, which appears under its name when complete.
+
+    Raises:
+      UserError: if something is there already, or cannot be written.
+    """
+    target = Path(directory).expanduser().resolve()
+    if target.exists():
+        raise UserError(f"{directory} exists already; choose another directory or remove it")
+    try:
+        with new_directory(target) as scratch:
+            yield scratch
+    except OSError as error:
+        raise UserError(f"cannot write the report {target}: {error.strerror}") from error
+
+
 def save_report(directory: str | Path, report: Report) -> None:
     """Writes what `quantize` reported as files, in a directory that appears only when complete.
 
@@ -66,20 +83,14 @@ def save_report(directory: str | Path, report: Report) -> None:
     """
     from jaxopt_models import plots  # matplotlib is slow to import, and few commands draw
 
-    target = Path(directory).expanduser().resolve()
-    if target.exists():
-        raise UserError(f"{directory} exists already; choose another directory or remove it")
     inside = [row for row in report.tensors if row.path.startswith("layers/")]
     known = any(row.output_error is not None for row in inside)
-    try:
-        with new_directory(target) as scratch:
-            write_json(scratch / "report.json", report.as_dict())
-            write_text(scratch / "tensors.csv", _csv(report.tensors))
-            if inside:
-                figure = plots.error_heat_map(report, "output_error" if known else "weight_error")
-                plots.save_figure(figure, scratch / "errors.png")
-    except OSError as error:
-        raise UserError(f"cannot write the report {target}: {error.strerror}") from error
+    with new_report(directory) as scratch:
+        write_json(scratch / "report.json", report.as_dict())
+        write_text(scratch / "tensors.csv", _csv(report.tensors))
+        if inside:
+            figure = plots.error_heat_map(report, "output_error" if known else "weight_error")
+            plots.save_figure(figure, scratch / "errors.png")
 
 
 def _csv(rows: Sequence[TensorReport]) -> str:

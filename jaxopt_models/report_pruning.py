@@ -8,12 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from jaxopt_models.checkpoint.atomic import new_directory
-from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json, write_text
 from jaxopt_models.prune.candidates import BASELINE, Candidate
 from jaxopt_models.prune.prune_report import PruneReport, scored_dict
-from jaxopt_models.report import empty_table
+from jaxopt_models.report import empty_table, new_report
 
 
 def candidates_table(report: PruneReport, count: int = 10) -> Table:
@@ -102,18 +100,12 @@ def save_report(directory: str | Path, report: PruneReport) -> None:
     """
     from jaxopt_models import plots  # matplotlib is slow to import, and few commands draw
 
-    target = Path(directory).expanduser().resolve()
-    if target.exists():
-        raise UserError(f"{directory} exists already; choose another directory or remove it")
-    try:
-        with new_directory(target) as scratch:
-            write_json(scratch / "report.json", report.as_dict())
-            if report.candidates:
-                write_text(scratch / "candidates.csv", _csv(report))
-                figure = plots.candidates_plot(report.candidates, report.unit)
-                plots.save_figure(figure, scratch / "candidates.png")
-    except OSError as error:
-        raise UserError(f"cannot write the report {target}: {error.strerror}") from error
+    with new_report(directory) as scratch:
+        write_json(scratch / "report.json", report.as_dict())
+        if report.candidates:
+            write_text(scratch / "candidates.csv", _csv(report))
+            figure = plots.candidates_plot(report.candidates, report.unit)
+            plots.save_figure(figure, scratch / "candidates.png")
 
 
 def _csv(report: PruneReport) -> str:

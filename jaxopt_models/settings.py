@@ -1,7 +1,8 @@
 """Settings in YAML: values set from a command line, and mistakes in one sentence."""
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -69,6 +70,35 @@ def _descend(node: Any, part: str, assignment: str, field_of: Callable[[str], st
     if not isinstance(child, dict | list):
         raise UserError(f"override {assignment!r}: {part!r} holds a value, not fields")
     return child
+
+
+def read_settings[S: Strict](
+    model: type[S], file: str | Path, overrides: Sequence[str], *, kind: str, whole: str, key: str
+) -> S:
+    """Settings from a YAML file.
+
+    Args:
+      model: what they are.
+      overrides: "dotted.key=value" with YAML values.
+      kind: what the file is called in mistakes.
+      whole: what the settings are called where no field is to blame.
+      key: one that such a file may have, as an example.
+
+    Raises:
+      UserError: for a missing file, YAML that does not parse, an unknown key or a wrong value.
+    """
+    try:
+        fields: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{kind} {file}: cannot be read ({first_line(error)})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{kind} {file}: expected keys such as {key!r}, found {fields!r}")
+    for assignment in overrides:
+        fields = with_override(fields, assignment, optional=model.model_fields)
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{kind} {file}: {explain(error, whole)}") from error
 
 
 def explain(error: ValidationError, whole: str) -> str:

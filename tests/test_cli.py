@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_models import Model, QTensor, UserError, cli, export_hf, init, load
+from jaxopt_models import Model, QTensor, UserError, export_hf, init, load
 from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.models.config import ModelConfig
 
@@ -46,20 +46,6 @@ def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("All that is gold does not glitter, not all those who wander are lost. " * 4)
     return path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxopt-models", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_quantize_eval_generate_export(run, model_dir, text, tmp_path):

@@ -20,17 +20,15 @@ One of `budget`, `keep` and `sparsity` is needed; `sparsity` goes with both othe
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-import yaml
-from pydantic import Field, StrictBool, StrictInt, StrictStr, ValidationError, model_validator
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
-from jaxopt_models.errors import UserError
 from jaxopt_models.prune.choose import Target
 from jaxopt_models.prune.patterns import Pattern
 from jaxopt_models.prune.sizes import Axis, Unit
 from jaxopt_models.prune.sparsity import Method, Sparsity, Update
-from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
+from jaxopt_models.settings import Globs, Strict, read_settings
 
 type _Count = StrictInt | tuple[StrictInt, ...]
 
@@ -167,15 +165,5 @@ class PruneSettings(Strict):
         Raises:
           UserError: for a missing file, YAML that does not parse, an unknown key or a wrong value.
         """
-        try:
-            fields: Any = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"pruning {file}: cannot be read ({first_line(error)})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"pruning {file}: expected keys such as 'budget', found {fields!r}")
-        for assignment in overrides:
-            fields = with_override(fields, assignment, optional=cls.model_fields)
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise UserError(f"pruning {file}: {explain(error, 'settings')}") from error
+        naming = {"kind": "pruning", "whole": "settings", "key": "budget"}
+        return read_settings(cls, file, overrides, **naming)

@@ -1,4 +1,4 @@
-"""What files of draft heads have in common: config.json, tensors that are all read, their values."""
+"""Files of draft heads: config.json, tensors all of which are read, and values to write."""
 
 import json
 from collections.abc import Collection, Iterator

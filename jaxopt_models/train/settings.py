@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     StrictBool,
@@ -38,7 +37,7 @@ from jaxopt_models.documents import Learn
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import Remat
 from jaxopt_models.qtensor import Gradient
-from jaxopt_models.settings import Globs, Strict, explain, first_line, with_override
+from jaxopt_models.settings import Globs, Strict, explain, read_settings
 from jaxopt_models.sharding_rules import BATCH
 from jaxopt_models.train.adapters import adapter_arrays
 from jaxopt_models.train.choices import (
@@ -123,18 +122,7 @@ class RunSettings(Strict):
         Raises:
           UserError: for a missing file, YAML that does not parse, an unknown key or a wrong value.
         """
-        try:
-            fields = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"run {file}: cannot be read ({first_line(error)})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"run {file}: expected keys such as 'model', found {fields!r}")
-        for assignment in overrides:
-            fields = with_override(fields, assignment, optional=cls.model_fields)
-        try:
-            return cls.of(fields)
-        except UserError as error:
-            raise UserError(f"run {file}: {error}") from error
+        return read_settings(cls, file, overrides, kind="run", whole="run", key="model")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "RunSettings":

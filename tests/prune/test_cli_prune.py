@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from pruned_models import CONFIGS
 
-from jaxopt_models import Model, cli, export_hf, init, load
+from jaxopt_models import Model, export_hf, init, load
 from jaxopt_models.checkpoint.native import read_metadata
 from jaxopt_models.prune.settings import PruneSettings
 from jaxopt_models.train import run as training
@@ -36,20 +35,6 @@ def files(tmp_path_factory, byte_tokenizer) -> Path:
         f"evaluation: {{text: {directory / 'other.txt'}, windows: 2}}\n"
     )
     return directory
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxopt-models", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def test_what_was_pruned_is_reported_loaded_exported_quantized_and_taught(run, files, tmp_path):

@@ -1,7 +1,6 @@
 """Training what guesses: a head learns what a model will say, and the run ends with a file."""
 
 import json
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from tiny import CONFIG, quantized, sure_model
 
 import jaxopt_models as jom
-from jaxopt_models import cli
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import forward, forward_with_taps
@@ -173,25 +171,12 @@ def model(tmp_path_factory, byte_tokenizer):
     return str(folder)
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a command; returns what it printed, to stdout and to stderr."""
-
-    def call(*arguments: Any) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["jaxopt-models", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert end.value.code == 0
-        return capsys.readouterr()
-
-    return call
-
-
 def test_a_run_ends_with_a_head_that_generation_takes(model, tmp_path, run):
     config = tmp_path / "run.yaml"
     config.write_text(json.dumps({"model": model} | SMALL))
     out = tmp_path / "run"
-    said, _ = run("train", "draft", "--config", config, "--out", out)
+    code, said, _ = run("train", "draft", "--config", config, "--out", out)
+    assert code == 0
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = lines[-1]
     assert f"{last['acceptance_length']:.2f} tokens a pass" in said
@@ -201,10 +186,12 @@ def test_a_run_ends_with_a_head_that_generation_takes(model, tmp_path, run):
     head = read_eagle3(out / "model", loaded.config, count=3)
     assert head.config.vocab_size == 100
     arguments = "generate", model, "--prompt", "So it goes", "--max-new-tokens", 12
-    plain, _ = run(*arguments)
-    drafted, shown = run(*arguments, "--draft", out / "model", "--draft-tokens", 2)
-    assert drafted == plain and "tokens a pass of the model" in shown
-    assert run(*arguments, "--draft", out / "model", "--draft-tree", "2,2,4")[0] == plain
+    code, plain, _ = run(*arguments)
+    assert code == 0
+    code, drafted, shown = run(*arguments, "--draft", out / "model", "--draft-tokens", 2)
+    assert code == 0 and drafted == plain and "tokens a pass of the model" in shown
+    code, drafted, _ = run(*arguments, "--draft", out / "model", "--draft-tree", "2,2,4")
+    assert code == 0 and drafted == plain
 
 
 def test_a_run_of_medusa_heads(model, tmp_path, run):
@@ -215,8 +202,10 @@ def test_a_run_of_medusa_heads(model, tmp_path, run):
     for own, its in zip(*map(jax.tree.leaves, (found.params, made.params)), strict=True):
         assert (own == its).all()
     arguments = "generate", model, "--prompt", "So it goes", "--max-new-tokens", 8
-    plain, _ = run(*arguments)
-    assert run(*arguments, "--draft", tmp_path / "run" / "model")[0] == plain
+    code, plain, _ = run(*arguments)
+    assert code == 0
+    code, drafted, _ = run(*arguments, "--draft", tmp_path / "run" / "model")
+    assert code == 0 and drafted == plain
 
 
 def test_a_run_that_is_resumed_is_the_same(model, tmp_path):
