@@ -1,14 +1,12 @@
 """Commands of `jaxopt-models bench` about training: how fast it is, and what it brings back."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from jaxopt_models import report
-from jaxopt_models.cli_options import JsonOption, LengthOption
-from jaxopt_models.errors import UserError
+from jaxopt_models.cli_options import JsonOption, LengthOption, named_values
 
 
 def bench_training(
@@ -144,7 +142,7 @@ def bench_qad(
         settings,
         format or qad.RECIPES,
         seed or qad.SEEDS,
-        begins=_begins(begin or ()),
+        begins=named_values(begin, "--begin", "FORMAT=PRESET, as nvfp4=nvfp4_awq"),
         qat_learning_rate=qat_learning_rate,
         limit=limit,
         out=json,
@@ -159,13 +157,3 @@ def _qad_losses(cross_entropy: float, hidden: float) -> list[dict[str, Any]]:
     weights = {"cross_entropy": cross_entropy, "hidden_mean_square": hidden}
     more = [{"kind": kind, "weight": weight} for kind, weight in weights.items() if weight]
     return [{"kind": "forward_kl"}, *more]
-
-
-def _begins(pairs: Sequence[str]) -> dict[str, str]:
-    """From FORMAT=PRESET."""
-    for pair in pairs:
-        if not all(pair.partition("=")):
-            raise UserError(
-                f"--begin {pair!r} is not of the form FORMAT=PRESET, as nvfp4=nvfp4_awq"
-            )
-    return {name: begin for name, _, begin in (pair.partition("=") for pair in pairs)}

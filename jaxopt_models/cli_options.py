@@ -1,6 +1,6 @@
 """Arguments and options that several commands share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,3 +47,18 @@ def refuse_existing(paths: Mapping[str, Path | None]) -> None:
     for option, path in paths.items():
         if path and path.exists():
             raise UserError(f"{path} exists already; choose another {option} or remove it")
+
+
+def named_values(pairs: Sequence[str] | None, option: str, form: str) -> dict[str, str]:
+    """Of an option that is given as NAME=VALUE, any number of times.
+
+    Args:
+      form: what pairs look like, for people.
+
+    Raises:
+      UserError: for one that does not.
+    """
+    for pair in pairs or ():
+        if not all(pair.partition("=")):
+            raise UserError(f"{option} {pair!r} is not of the form {form}")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs or ())}

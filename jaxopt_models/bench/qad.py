@@ -8,8 +8,6 @@ Everything is measured of the folded model in float32, matrix products included,
 another text, as `evaluate` does.
 """
 
-import hashlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +17,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from jaxopt_models.bench.qad_results import QadResults, row_line
-from jaxopt_models.bench.quality import checksum
+from jaxopt_models.bench.qad_results import row_line
 from jaxopt_models.bench.quality_peer import format_name
+from jaxopt_models.bench.result_rows import ResultRows
+from jaxopt_models.bench.trained import exact_measurement, trained, training_protocol
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.train.loop import Evaluate, Log, Pace, Step, fit
-from jaxopt_models.train.model_job import context_of, first_state, make_step, measurement
-from jaxopt_models.train.rows import training_batches, training_rows
+from jaxopt_models.train.loop import Evaluate, Step
+from jaxopt_models.train.model_job import make_step
+from jaxopt_models.train.rows import training_rows
 from jaxopt_models.train.settings import RunSettings
 from jaxopt_models.train.student import student_of
 
@@ -37,9 +36,6 @@ Mode = Literal["qat", "qad"]
 MODES: tuple[Mode, ...] = ("qat", "qad")
 RECIPES = ("nvfp4", "int4")
 SEEDS = (0, 1, 2)
-
-# Of the settings, what differs from run to run, or changes no figure.
-_UNTOLD = {"model", "recipe", "student", "seed", "save", "keep", "keep_best", "log"}
 
 
 def bench_qad(
@@ -70,7 +66,7 @@ def bench_qad(
       progress: wraps loops.
 
     Returns:
-      What `QadResults.document` says: the protocol, and a row `{format, recipe, begin, seed,
+      What `ResultRows.document` says: the protocol, and a row `{format, recipe, begin, seed,
       ppl_teacher, ppl_ptq, ppl_qat, ppl_qad, kl_ptq, kl_qat, kl_qad, kl_recovered, ppl_recovered,
       train_tokens, minutes, runs}` for each recipe and seed. Both modes see `train_tokens`; the
       minutes are those of the row. `runs` has for each mode `{learning_rate, tokens_per_second,
@@ -90,12 +86,12 @@ def bench_qad(
     _check(begins)
     teacher = load(settings.model)
     rows = training_rows(teacher, settings)
-    results = QadResults(out, _protocol(settings, rates, begins, rows))
+    results = ResultRows(out, _protocol(settings, rates, begins, rows), ("recipe", "seed"))
     missing = {
         name: [seed for seed in seeds if not results.has(plan.name, seed)]
         for name, plan in zip(recipes, plans, strict=True)
     }
-    measure = _exactly(teacher, settings)
+    measure = exact_measurement(teacher.config, teacher, settings)
     bench = _Bench(settings, rates, begins, teacher, rows, measure, progress)
     start = time.perf_counter()
     for row in bench.rows_of({name: left for name, left in missing.items() if left}):
@@ -126,12 +122,12 @@ class _Bench:
         for recipe, seeds in wanted.items():
             begun = time.perf_counter()
             student = self._student(self._settings("qad", recipe, 0))
-            ptq = {"step": 0} | dict(self.measure(student.params))
+            ptq = dict(self.measure(student.params))
             start = ptq
             if recipe in self.begins:
                 better = {"recipe": self.begins[str(recipe)], "begin": "quantized"}
                 student = self._student(self._settings("qad", recipe, 0).model_copy(update=better))
-                start = {"step": 0} | dict(self.measure(student.params))
+                start = dict(self.measure(student.params))
             # One step of each mode for all seeds, so that it is compiled once.
             steps: dict[Mode, Step] = {mode: self._step(mode, recipe, student) for mode in MODES}
             for seed in seeds:
@@ -168,24 +164,9 @@ class _Bench:
     def _run(
         self, mode: Mode, step: Step, settings: RunSettings, student: Model, start: dict[str, Any]
     ) -> dict[str, Any]:
-        title, log = f"{settings.recipe}, {mode}, seed {settings.seed}", Log(None)
-        fit(
-            step,
-            first_state(settings, student),
-            training_batches(self.rows, settings),
-            context_of(settings, settings.terms(mode), self.teacher),
-            Pace(settings.steps, settings.log, evaluate=settings.evaluation.every),
-            evaluate=self.measure,
-            log=log,
-            progress=lambda items, _: self.progress(items, title),
-        )
-        trained = [line for line in log.lines if "loss" in line]
-        return {
-            "learning_rate": settings.optimizer.learning_rate,
-            "tokens_per_second": statistics.median(line["tokens_per_second"] for line in trained),
-            "skipped": int(sum(line["skipped"] for line in trained)),
-            "curve": [start, *(line for line in log.lines if "loss" not in line)],
-        }
+        title = f"{settings.recipe}, {mode}, seed {settings.seed}"
+        own = step, settings, student, self.teacher, self.rows
+        return trained(mode, *own, self.measure, start, title, self.progress)
 
 
 def figures(
@@ -226,42 +207,12 @@ def _check(begins: Mapping[str, str]) -> None:
             )
 
 
-def _exactly(teacher: Model, settings: RunSettings) -> Evaluate:
-    """`model_job.measurement` with float32 products, which a GPU rounds to TF32 otherwise."""
-    with jax.default_matmul_precision("highest"):
-        measure = measurement(teacher.config, teacher, settings)
-
-    def exactly(params: Any) -> Mapping[str, float]:
-        with jax.default_matmul_precision("highest"):
-            return measure(params)
-
-    return exactly
-
-
 def _protocol(
     settings: RunSettings,
     rates: Mapping[Mode, float],
     begins: Mapping[str, str],
     rows: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """What figures depend on. Files are told by name and content, since their place may change."""
-    told = settings.model_dump(mode="json", exclude=_UNTOLD)
-    for source in (told, told["evaluation"], told["calibration"]):
-        source["text"] = _name(source["text"])
-    del told["optimizer"]["learning_rate"]
-    learnt = hashlib.sha256()
-    for name in sorted(rows):
-        learnt.update(np.ascontiguousarray(rows[name]).tobytes())
-    return {
-        "model": _name(settings.model),
-        "learning_rates": dict(rates),
-        "begins": dict(begins),
-        "rows_of_text": len(rows["tokens"]),
-        "sha256_of_rows": learnt.hexdigest(),
-        "sha256_of_evaluation": checksum(settings.evaluation.text, "evaluation"),
-        "settings": told,
-    }
-
-
-def _name(source: str) -> str:
-    return Path(source).name if Path(source).exists() else source
+    told = training_protocol(settings, rows)
+    del told["settings"]["optimizer"]["learning_rate"]
+    return told | {"learning_rates": dict(rates), "begins": dict(begins)}
