@@ -30,7 +30,7 @@ def generate(
     ] = None,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a guess; else ngram 8, a model 4, EAGLE-3 5, other heads all."),
+        typer.Option(min=1, help="Of a guess; else ngram 8, a model 4, EAGLE-3 5, others all."),
     ] = None,
     draft_tree: Annotated[
         str | None,

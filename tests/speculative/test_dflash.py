@@ -16,7 +16,7 @@ from jaxopt_models.generate import generate
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.qtensor import quantize_array
-from jaxopt_models.sampling import make_sampler
+from jaxopt_models.sampling import make_sampler, position_noise
 from jaxopt_models.speculative import DFlash, Seen, Target, TreeDrafter, init_dflash
 from jaxopt_models.speculative.blocks import blocks
 from jaxopt_models.speculative.dflash import filled_in
@@ -79,14 +79,64 @@ def test_what_is_trained_is_what_guesses(config, monkeypatch):
     arguments = one, own, packed, features, anchors, starts
     together = jax.jit(blocks)(*arguments)
     monkeypatch.setattr("jaxopt_models.speculative.blocks._SCORES", 2 * 2 * BLOCK * (16 + BLOCK))
-    jax.clear_caches()  # of what was traced with the other number
-    in_twos = jax.jit(blocks)(*arguments)
+    in_twos = jax.jit(functools.partial(blocks))(*arguments)  # which is traced anew
     np.testing.assert_allclose(in_twos, together, atol=1e-5)
     for number, place in enumerate(anchors[0].tolist()):
         document, end = (documents[1], place - 5) if place >= 5 else (documents[0], place)
         text = jnp.pad(document, (0, LENGTH - len(document)), constant_values=9)
         expected = alone(one, own, text, jnp.asarray(end + 1))
         np.testing.assert_allclose(together[0, number], expected, atol=1e-5)
+
+
+def by_hand(one: DFlash, own: Target, text: Any) -> np.ndarray:
+    """The block behind a text, in float64, one place at a time."""
+    wide = functools.partial(np.asarray, dtype=np.float64)
+    params, config = jax.tree.map(wide, one.params), one.config
+    eps, dim = config.rms_norm_eps, config.head_dim
+
+    def norm(module: Any, x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * module["weight"]
+
+    def turned(x: np.ndarray, place: int) -> np.ndarray:
+        half = dim // 2
+        angle = place * config.rope.theta ** (-np.arange(half) / half)
+        a, b = x[:, :half], x[:, half:]
+        cos, sin = np.cos(angle), np.sin(angle)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=1)
+
+    features = wide(features_of(own, text[None, :-1], one.layers)[0])
+    context = norm(params["hidden_norm"], features @ params["fc"]["weight"].T)
+    table = wide(own.params["embed_tokens"]["weight"])
+    x, first = table[[int(text[-1]), *[MASK] * (BLOCK - 1)]], len(text) - 1
+    for layer in params["layers"]:
+        weights, inner = layer["self_attn"], norm(layer["input_layernorm"], x)
+
+        def heads(name: str, row: np.ndarray, weights: Any = weights) -> np.ndarray:
+            return (weights[f"{name}_proj"]["weight"] @ row).reshape(-1, dim)
+
+        rows = [*context, *inner]
+        keys = [turned(norm(weights["k_norm"], heads("k", row)), i) for i, row in enumerate(rows)]
+        values, mixed = [heads("v", row) for row in rows], []
+        for i, row in enumerate(inner):
+            query = turned(norm(weights["q_norm"], heads("q", row)), first + i)
+            out = []
+            for head, q in enumerate(query):
+                group = head * config.num_kv_heads // config.num_heads
+                scores = np.exp([q @ key[group] / np.sqrt(dim) for key in keys])
+                out.append(scores / scores.sum() @ np.asarray(values)[:, group])
+            mixed.append(np.concatenate(out))
+        x = x + np.asarray(mixed) @ weights["o_proj"]["weight"].T
+        mlp, inner = layer["mlp"], norm(layer["post_attention_layernorm"], x)
+        gate, up = (inner @ mlp[f"{name}_proj"]["weight"].T for name in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ mlp["down_proj"]["weight"].T
+    return norm(params["norm"], x)
+
+
+def test_a_block_is_the_formula():
+    text = jax.random.randint(jax.random.key(5), (7,), 0, 64)
+    own, one = target(), head()
+    found = alone(one, own, jnp.pad(text, (0, LENGTH - 7)), jnp.asarray(7))
+    np.testing.assert_allclose(found, by_hand(one, own, text), atol=1e-4)
 
 
 def test_what_a_block_depends_on():
@@ -127,8 +177,34 @@ def test_a_guess_is_that_of_the_whole_text_at_once(temperature):
         guess, state = propose(state, Seen(tokens, length, new, count))
         last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
         last = jnp.pad(last, ((0, 0), (0, BLOCK - 1), (0, 0)))
-        expected, _ = propose(fresh(length), Seen(tokens, length, last, jnp.ones(3, jnp.int32)))
+        anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
+        expected, _ = propose(fresh(length), anew)
         assert guess.tokens.tolist() == expected.tokens.tolist()
+        if temperature:  # the noise is that of the model's tokens at these positions
+            said = one.logits(own, filled_in(one, own, fresh(length), anew)[0][:, 1:])
+            at = length[:, None] + jnp.arange(BLOCK - 1)[None]
+            noise = position_noise(sampler.key, sampler.request, at, 64)
+            assert guess.tokens.tolist() == jnp.argmax(said + noise, axis=-1).tolist()
+
+
+def test_a_tree_holds_the_chain():
+    """What is likeliest at each place, among all ways of two tokens a place."""
+    own, one, width = target(), head(), 12
+    tokens = jax.random.randint(jax.random.key(0), (2, width), 0, 64)
+    features, length = features_of(own, tokens, one.layers), jnp.asarray([4, 9])
+    last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
+    seen, sampler = Seen(tokens, length, last, jnp.ones(2, jnp.int32)), make_sampler(2)
+
+    @jax.jit
+    def guessed(draft: Any) -> Any:
+        state = draft.begin(own, tokens, length - 1, features, width)
+        return draft.propose(own, state, seen, sampler)[0]
+
+    chain, branched = guessed(one).tokens, guessed(TreeDrafter(one, 2, 3, 10))
+    for row in range(2):
+        ways = [np.flatnonzero(seen)[1:] - 1 for seen in branched.topology.ancestors[row]]
+        found = {tuple(branched.tokens[row, way].tolist()) for way in ways}
+        assert tuple(chain[row, :3].tolist()) in found
 
 
 def in_int8(params: Any) -> Any:
