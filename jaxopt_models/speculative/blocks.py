@@ -10,6 +10,7 @@ one softmax over both. Blocks see nothing of each other. Reference: Chen et al. 
 arXiv:2602.06036.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -77,9 +78,13 @@ def blocks(
             x = block_layer(config, layer, x, attend)
         return final_hidden(head, x)
 
-    each = batch * config.num_heads * head.block * (length + head.block)
-    together = max(1, _SCORES // each)
-    return jnp.moveaxis(lax.map(jax.checkpoint(one), anchors.T, batch_size=together), 0, 1)
+    count, each = anchors.shape[1], batch * config.num_heads * head.block * (length + head.block)
+    pieces = math.ceil(count / max(1, _SCORES // each))
+    together = math.ceil(count / pieces)
+    # Pieces of one size, or the last one is a program and memory of its own.
+    filled = jnp.pad(anchors, ((0, 0), (0, pieces * together - count)))
+    found = lax.map(jax.checkpoint(one), filled.T, batch_size=together)
+    return jnp.moveaxis(found[:count], 0, 1)
 
 
 type _Pair = tuple[jax.Array, jax.Array]

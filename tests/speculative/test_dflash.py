@@ -156,6 +156,24 @@ def test_what_a_block_depends_on():
     assert jnp.abs(shorter[1] - first[1]).max() > 1e-3
 
 
+def test_memory_does_not_grow_with_anchors(monkeypatch):
+    """But by what is said: gradients of four times as many as fit together take little more."""
+    monkeypatch.setattr("jaxopt_models.speculative.blocks._SCORES", 50 * 2 * 2 * 5 * 69)
+    own, one = target(), head()
+    tokens, features = jnp.zeros((2, 64), jnp.int32), jnp.ones((2, 64, 64))
+
+    def taken(count: int) -> int:
+        def total(params: Any) -> jax.Array:
+            anchors = jnp.ones((2, count), jnp.int32)
+            return blocks(replace(one, params=params), own, tokens, features, anchors).sum()
+
+        analysis = jax.jit(jax.grad(total)).lower(one.params).compile().memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert taken(4 * 50 - 3) < 1.5 * taken(50)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_guess_is_that_of_the_whole_text_at_once(temperature):
     """However many of the guesses before were right, in rows of different lengths: nothing is left
