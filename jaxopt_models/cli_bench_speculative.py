@@ -50,20 +50,21 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import Drafter, Eagle3, Medusa
+    from jaxopt_models.speculative import DFlash, Drafter, Eagle3, Medusa
     from jaxopt_models.speculative.named import as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
     named = {name: load_drafter(name, loaded.config, dtype) for name in draft or ["ngram"]}
+    at_once = Medusa | DFlash  # say as many tokens as they are made for, in one pass
     drafters: dict[str, Drafter] = {
         f"{name}, K = {tokens}": replace(drafter, count=tokens)
         for name, drafter in named.items()
-        for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, Medusa) else (4, 8))
+        for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, at_once) else (4, 8))
     }
-    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | Medusa)}
+    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | at_once)}
     if draft_tree and not heads:
-        raise UserError("--draft-tree is of EAGLE-3 or Medusa heads; name some with --draft")
+        raise UserError("--draft-tree is of EAGLE-3, Medusa or DFlash heads; give one as --draft")
     drafters |= {
         f"{name}, tree {shape}": as_tree(head, shape)
         for name, head in heads.items()

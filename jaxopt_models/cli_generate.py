@@ -25,12 +25,12 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="What guesses: ngram, an EAGLE-3 head, or a model of the same vocabulary."
+            help="What guesses: ngram, a trained head, or a model of the same vocabulary."
         ),
     ] = None,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a guess; else ngram 8, a head 5, a model 4."),
+        typer.Option(min=1, help="Of a guess; else ngram 8, a model 4, EAGLE-3 5, others all."),
     ] = None,
     draft_tree: Annotated[
         str | None,

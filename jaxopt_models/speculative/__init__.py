@@ -4,6 +4,8 @@ generate(config, params, prompts, draft=NGram())
 generate(config, params, prompts, draft=DraftModel(small.config, small.params, count=4))
 """
 
+from jaxopt_models.speculative.dflash import DFlash
+from jaxopt_models.speculative.dflash_params import init_dflash
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
@@ -15,6 +17,7 @@ from jaxopt_models.speculative.ngram import NGram
 from jaxopt_models.speculative.tree import Guess
 
 __all__ = [
+    "DFlash",
     "DraftModel",
     "Drafter",
     "Eagle3",
@@ -25,6 +28,7 @@ __all__ = [
     "Target",
     "TreeDrafter",
     "begin",
+    "init_dflash",
     "init_eagle3",
     "init_medusa",
     "speculate",

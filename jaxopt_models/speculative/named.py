@@ -5,6 +5,8 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
 from jaxopt_models.inference import for_device
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.speculative.dflash import DFlash
+from jaxopt_models.speculative.dflash_files import is_dflash, read_dflash
 from jaxopt_models.speculative.draft import Drafter
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
@@ -17,12 +19,12 @@ from jaxopt_models.speculative.ngram import NGram
 
 def load_drafter(
     name: str, target: ModelConfig, dtype: str | None = None
-) -> NGram | DraftModel | Eagle3 | Medusa:
+) -> NGram | DraftModel | Eagle3 | Medusa | DFlash:
     """What guesses, with as many tokens of a guess as its kind has by default.
 
     Args:
-      name: "ngram", the directory of an EAGLE-3 head or of Medusa heads, or a model as `load` takes
-        it.
+      name: "ngram", the directory of an EAGLE-3 head, of Medusa heads or of a DFlash head, or a
+        model as `load` takes it.
       target: the model that it is to guess for.
       dtype: of the activations of a head or a model; None is the model's, or the checkpoint's.
 
@@ -36,6 +38,8 @@ def load_drafter(
         return read_eagle3(found, target, dtype=dtype or target.dtype)
     if is_medusa(found):
         return read_medusa(found, target, dtype=dtype or target.dtype)
+    if is_dflash(found):
+        return read_dflash(found, target, dtype=dtype or target.dtype)
     loaded = load(name, dtype=dtype)
     return DraftModel(loaded.config, for_device(loaded.config, loaded.params))
 
@@ -46,8 +50,10 @@ def as_tree(drafter: Drafter, shape: str) -> TreeDrafter:
     Raises:
       UserError: for another drafter, or a shape that cannot be.
     """
-    if not isinstance(drafter, Eagle3 | Medusa):
-        raise UserError(f"a tree {shape!r} grows from EAGLE-3 or Medusa heads; give one as --draft")
+    if not isinstance(drafter, Eagle3 | Medusa | DFlash):
+        raise UserError(
+            f"a tree {shape!r} grows from EAGLE-3, Medusa or DFlash heads; give one as --draft"
+        )
     try:
         width, depth, count = (int(number) for number in shape.split(","))
     except ValueError:

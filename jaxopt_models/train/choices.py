@@ -173,34 +173,57 @@ class TeacherCache(Strict):
         return taught[0].temperature
 
 
+# Which options of a head go with which kind, besides its decay.
+_HEAD_OPTIONS = {
+    "eagle3": ("vocabulary", "layers", "intermediate_size", "steps", "count"),
+    "medusa": ("steps",),
+    "dflash": ("layers", "intermediate_size", "depth", "block", "anchors", "mask_token"),
+}
+
+
 class DraftHead(Strict):
-    """What guesses for the model, see `speculative.eagle3` and `speculative.medusa`.
+    """What guesses for the model, see `speculative.eagle3`, `.medusa` and `.dflash`.
 
     Attributes:
-      kind: one head that is run for each token ahead, or Medusa heads, one of `steps` for each.
+      kind: one head that is run for each token ahead; Medusa heads, one of `steps` for each; or a
+        DFlash head, which says a block of them at once.
       vocabulary: how many tokens it may say, those that the text has most of; None is all.
-      layers: of the model, whose residual streams it reads; None is one early, middle and late.
-      intermediate_size: of its feed-forward network; None is the model's.
+      layers: of the model, whose residual streams it reads; None spreads some over the model.
+      intermediate_size: of its feed-forward networks; None is the model's.
       steps: ahead of the text that are trained; what each counts for, of the one before, is its
         `decay`.
       count: tokens of a guess of an EAGLE-3 head, as it is saved.
+      depth: layers of a DFlash head.
+      block: places of its blocks: the last token, and those that it says.
+      anchors: places of a row, at most, that blocks are trained from in a step.
+      mask_token: stands in a block where a token is to be said; None is a token that the text has
+        least of, the last of equals.
     """
 
-    kind: Literal["eagle3", "medusa"] = "eagle3"
+    kind: Literal["eagle3", "medusa", "dflash"] = "eagle3"
     vocabulary: StrictInt | None = Field(default=None, ge=1)
     layers: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     intermediate_size: StrictInt | None = Field(default=None, ge=1)
     steps: StrictInt = Field(default=5, ge=1)
     decay: float = Field(default=0.8, gt=0, le=1)
     count: StrictInt = Field(default=5, ge=1)
+    depth: StrictInt = Field(default=5, ge=1)
+    block: StrictInt = Field(default=16, ge=2)
+    anchors: StrictInt = Field(default=64, ge=1)
+    mask_token: StrictInt | None = Field(default=None, ge=0)
 
     @model_validator(mode="after")
     def _options_of_its_kind(self) -> "DraftHead":
-        for name in ("vocabulary", "layers", "intermediate_size", "count"):
-            own = getattr(self, name) == type(self).model_fields[name].default
-            if self.kind == "medusa" and not own:
-                raise ValueError(f"{name!r} does not go with medusa; remove it")
+        for name, field in type(self).model_fields.items():
+            allowed = name in ("kind", "decay", *_HEAD_OPTIONS[self.kind])
+            if not allowed and getattr(self, name) != field.default:
+                raise ValueError(f"{name!r} does not go with {self.kind}; remove it")
         return self
+
+    @property
+    def ahead(self) -> int:
+        """Tokens of which it learns what they will be."""
+        return self.block - 1 if self.kind == "dflash" else self.steps
 
 
 class Evaluation(Strict):

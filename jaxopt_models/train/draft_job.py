@@ -11,13 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
+from jaxopt_models.speculative.dflash import DFlash
+from jaxopt_models.speculative.dflash_files import export_dflash
+from jaxopt_models.speculative.dflash_params import init_dflash
 from jaxopt_models.speculative.draft import Target
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_files import export_eagle3
 from jaxopt_models.speculative.eagle3_params import init_eagle3
 from jaxopt_models.speculative.medusa import Medusa, init_medusa
 from jaxopt_models.speculative.medusa_files import export_medusa
+from jaxopt_models.train.block_objective import block_loss
 from jaxopt_models.train.choices import DraftHead
 from jaxopt_models.train.draft_objective import draft_loss
 from jaxopt_models.train.job import Job, step_of
@@ -29,6 +34,8 @@ from jaxopt_models.train.step import Loss, start
 
 _SAVED = jnp.bfloat16
 
+type _Head = Eagle3 | Medusa | DFlash
+
 
 def draft_job(
     settings: RunSettings,
@@ -39,63 +46,103 @@ def draft_job(
     *,
     overwrite: bool = False,
 ) -> Job:
-    """A head to train, which `out` is to hold as `export_eagle3` or `export_medusa` writes it.
+    """A head to train, which `out` is to hold as `export_eagle3`, `export_medusa` or
+    `export_dflash` writes it.
 
     Args:
       model: that it guesses for, of leaves of any kind.
       rows: the text that is trained on, whose most frequent tokens it may say.
     """
     chosen = settings.head or DraftHead()
+    _check_rows(chosen, settings)
     config = replace(model.config, dtype=settings.dtype)
     head = _new(chosen, Target(config, model.params), rows, settings.seed)
     optimizer = settings.optimizer.transformation(settings.steps)
     state = start(sharded(head.params, mesh), optimizer, settings.trained, settings.freeze)
     cast_model = looped(partial(cast, dtype=settings.dtype), config, settings.scan_layers)
     context = cast_model(sharded(model.params, mesh))
-    remat = settings.remat != "none"
-    options: dict[str, Any] = {"steps": chosen.steps, "decay": chosen.decay, "remat": remat}
-    loss = draft_loss(config, head, settings.terms("draft"), **options)
+    loss = _loss(chosen, config, head, settings)
     prepare = partial(computed, dtype=settings.dtype)
 
-    def finish(params: Any) -> Eagle3 | Medusa:
+    def finish(params: Any) -> _Head:
         return replace(head, params=_rounded(params))
 
-    def write(one: Eagle3 | Medusa, report: Any) -> None:
+    def write(one: _Head, report: Any) -> None:
         name = model.source and str(model.source)
-        options: dict[str, Any] = {"dtype": _SAVED, "verifier": name, "overwrite": overwrite}
-        if isinstance(one, Medusa):
-            export_medusa(out, one, **options)
+        options: dict[str, Any] = {"dtype": _SAVED, "overwrite": overwrite}
+        if isinstance(one, DFlash):
+            export_dflash(out, one, model.config, **options)
+        elif isinstance(one, Medusa):
+            export_medusa(out, one, verifier=name, **options)
         else:
-            export_eagle3(out, one, model.config, **options)
+            export_eagle3(out, one, model.config, verifier=name, **options)
 
     return Job(
         state,
         step_of(loss, settings, prepare, mesh, places_of(state, mesh)),
         context,
-        measure=_measurement(loss, model, settings, context, chosen.steps, mesh),
+        measure=_measurement(loss, model, settings, context, chosen.ahead, mesh),
         best="refused",
         finish=finish,
         save=write,
     )
 
 
-def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> Eagle3 | Medusa:
+def _check_rows(chosen: DraftHead, settings: RunSettings) -> None:
+    """Raises UserError for rows, of training or of what is measured, that hold no block."""
+    rows = {"length": settings.length, "evaluation.length": settings.evaluation.length}
+    for name, length in rows.items() if chosen.kind == "dflash" else ():
+        if length <= chosen.block:
+            raise UserError(
+                f"{name} is {length}, and a block of {chosen.block} places needs a text before it; "
+                "make it longer, or head.block smaller"
+            )
+
+
+def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> _Head:
     """The head before training."""
     if chosen.kind == "medusa":
         return init_medusa(target, chosen.steps)
-    count = target.config.num_layers
+    count, size = target.config.num_layers, target.config.vocab_size
     if not all(0 <= i < count for i in chosen.layers or ()):
         raise UserError(
             f"head.layers are {list(chosen.layers or ())}, and the model's layers 0 to {count - 1}"
+        )
+    if chosen.kind == "dflash":
+        mask = least_frequent(rows, size) if chosen.mask_token is None else chosen.mask_token
+        return init_dflash(
+            target,
+            jax.random.key(seed),
+            mask_token=mask,
+            layers=chosen.layers,
+            depth=chosen.depth,
+            block=chosen.block,
+            intermediate_size=chosen.intermediate_size,
         )
     return init_eagle3(
         target,
         jax.random.key(seed),
         layers=chosen.layers,
-        vocabulary=most_frequent(rows, target.config.vocab_size, chosen.vocabulary),
+        vocabulary=most_frequent(rows, size, chosen.vocabulary),
         intermediate_size=chosen.intermediate_size,
         count=chosen.count,
     )
+
+
+def _loss(chosen: DraftHead, config: ModelConfig, head: _Head, settings: RunSettings) -> Loss:
+    """What the head is trained for."""
+    terms, decay = settings.terms("draft"), chosen.decay
+    if isinstance(head, DFlash):
+        anchors, seed = chosen.anchors, settings.seed
+        return block_loss(config, head, terms, anchors=anchors, decay=decay, seed=seed)
+    remat = settings.remat != "none"
+    return draft_loss(config, head, terms, steps=chosen.steps, decay=decay, remat=remat)
+
+
+def least_frequent(rows: dict[str, Any], vocab_size: int) -> int:
+    """The token that is least often in the text, the last of equals: often one that is reserved."""
+    often = np.bincount(np.ravel(rows["tokens"]), minlength=vocab_size)
+    return int(vocab_size - 1 - np.argmin(often[::-1]))
 
 
 def most_frequent(rows: dict[str, Any], vocab_size: int, count: int | None) -> jax.Array:

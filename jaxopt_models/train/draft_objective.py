@@ -22,7 +22,8 @@ from jaxopt_models.train.objectives import QAD, Term, logit_losses
 from jaxopt_models.train.step import Loss, Sums
 from kernels_pallas import rms_norm
 
-_REFUSED = LogitLoss("total_variation")
+# The probability that a sampled guess is not accepted.
+REFUSED = LogitLoss("total_variation")
 
 
 def draft_loss(
@@ -57,17 +58,15 @@ def draft_loss(
       "refused_1", … the probability that a guess at a step is not accepted, if it is sampled, or
       rather its sum.
     """
-    losses = logit_losses(terms)
-    if len(losses) != len(terms) or not terms:
-        raise UserError("a draft head is trained for next tokens; give losses of these alone")
-    measured = (*losses, _REFUSED)
+    losses = next_token_losses(terms)
+    measured = (*losses, REFUSED)
     total_decay = sum(decay**s for s in range(steps))
 
     def loss(params: Any, context: Any, batch: Any, step: jax.Array) -> Sums:
         own, target = replace(head, params=params), Target(config, context)
         tokens, starts = batch["tokens"], batch.get("starts")
         mask = batch.get("mask", jnp.ones(tokens.shape, jnp.float32)).astype(jnp.float32)
-        hidden, features = _of_the_model(target, tokens, head.layers, starts)
+        hidden, features = of_the_model(target, tokens, head.layers, starts)
         said = _predictors(own, target, tokens, features, steps, starts, remat)
         teacher, targets = _teacher(own, target, hidden), tokens
         if own.vocabulary is not None:
@@ -90,7 +89,19 @@ def draft_loss(
     return loss
 
 
-def _of_the_model(
+def next_token_losses(terms: Sequence[Term]) -> tuple[LogitLoss, ...]:
+    """The losses of a draft head.
+
+    Raises:
+      UserError: for none, and for others than of next tokens.
+    """
+    losses = logit_losses(terms)
+    if len(losses) != len(terms) or not terms:
+        raise UserError("a draft head is trained for next tokens; give losses of these alone")
+    return tuple(losses)
+
+
+def of_the_model(
     target: Target, tokens: jax.Array, layers: Sequence[int], starts: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """(what its output head reads, features), both without gradient."""

@@ -5,7 +5,7 @@ OUT/states/        checkpoints of training
 OUT/log.jsonl      metrics
 OUT/board/         the same for TensorBoard, if it is wanted
 OUT/model/         the result, a checkpoint that `load` reads: quantized leaves, or float ones,
-                    with adapters beside them or merged; or a draft head, see `eagle3_files`
+                    with adapters beside them or merged; or a draft head, see `draft_job`
 
 Several processes run it together (`distributed`), each with the same arguments and one file system
 among them; the first one writes.
