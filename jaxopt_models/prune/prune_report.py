@@ -12,6 +12,25 @@ from jaxopt_models.prune.sparsity import SparseReport
 
 
 @dataclass(frozen=True)
+class Latency:
+    """What times of decode steps were measured of.
+
+    Attributes:
+      batch: rows that are decoded together.
+      context: positions of their caches.
+      device: that they were measured on.
+      original: nanoseconds of the original.
+      scale: that by what its parts add up to.
+    """
+
+    batch: int
+    context: int
+    device: str
+    original: int
+    scale: float
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What was done, and what it cost.
 
@@ -25,6 +44,8 @@ class PruneReport:
       original, pruned: measured on other text, the pruned model beside the original.
       uniform: the uniform candidate likewise, without zeros; None without a search, and where it
         was chosen or does not fit the budget.
+      latency: of a budget in nanoseconds; candidates' costs are then computed from times of parts,
+        and those of finalists measured as well.
       seconds: of each step.
     """
 
@@ -38,6 +59,7 @@ class PruneReport:
     original: Metrics
     pruned: Metrics
     uniform: Damage | None
+    latency: Latency | None
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,6 +74,7 @@ class PruneReport:
         return before_after | {
             "unit": self.unit,
             "budget": self.budget,
+            "latency": None if self.latency is None else asdict(self.latency),
             "chosen": None if self.chosen is None else self.chosen.as_dict(),
             "candidates": [scored_dict(one) for one in self.candidates],
             "sparsity": [row.as_dict() for row in self.sparsity],
@@ -62,4 +85,5 @@ class PruneReport:
 
 def scored_dict(scored: Scored) -> dict[str, Any]:
     """A row of the table of candidates."""
-    return scored.candidate.as_dict() | asdict(scored.damage) | {"windows": scored.windows}
+    row = scored.candidate.as_dict() | asdict(scored.damage) | {"windows": scored.windows}
+    return row if scored.measured is None else row | {"measured": scored.measured}

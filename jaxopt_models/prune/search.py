@@ -21,11 +21,22 @@ from jaxopt_models.prune.masks import Masks
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and what it was measured at, on its first so many windows."""
+    """A candidate and what it was measured at, on its first so many windows.
+
+    Attributes:
+      measured: its cost where that is measured, too, and not computed alone; else None.
+    """
 
     candidate: Candidate
     damage: Damage
     windows: int
+    measured: int | None = None
+
+
+def measured_most(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that were measured the most, in their order."""
+    most = max(one.windows for one in scored)
+    return [one for one in scored if one.windows == most]
 
 
 def rounds(candidates: int, batches: int, first: int, finalists: int) -> list[tuple[int, int]]:
@@ -127,10 +138,8 @@ def _mean(before: Scored | None, candidate: Candidate, new: Damage, windows: int
 
 def frontier(scored: Sequence[Scored]) -> list[Scored]:
     """Those that no other beats in cost and KL together, by cost; of those measured the most."""
-    most = max(one.windows for one in scored)
-    full = [one for one in scored if one.windows == most]
     kept: list[Scored] = []
-    for one in sorted(full, key=lambda one: (one.candidate.cost, one.damage.kl)):
+    for one in sorted(measured_most(scored), key=lambda one: (one.candidate.cost, one.damage.kl)):
         if one.damage.kl < min((k.damage.kl for k in kept), default=math.inf):
             kept.append(one)
     return kept

@@ -1,6 +1,7 @@
 """Settings of pruning, as users write them down.
 
-    budget: {parameters: 0.8}         # or a number of them, or bytes; searched for
+    budget: {parameters: 0.8}         # or a number of them, or bytes, or the time of a decode step:
+                                      # {latency: 0.8, batch: 1, context: 1024}; searched for
     axes: [layers, hidden, neurons]   # that may be cut
     keep: {layers: 24}                # in place of a budget: this, without a search
     sparsity: {pattern: "2:4", method: wanda, update: exact}   # zeros in what is left
@@ -34,26 +35,44 @@ type _Count = StrictInt | tuple[StrictInt, ...]
 
 
 class Budget(Strict):
-    """Largest cost of the pruned model: below 1 a share of the original's, else a number."""
+    """Largest cost of the pruned model: below 1 a share of the original's, else a number.
+
+    Attributes:
+      latency: of a decode step on the device that searches; a number is milliseconds.
+      batch: rows that are decoded together, for latency.
+      context: positions of their caches, the last of which are decoded.
+    """
 
     parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     bytes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    latency: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    batch: StrictInt = Field(default=1, ge=1)
+    context: StrictInt = Field(default=1024, ge=64)
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.parameters is None) == (self.bytes is None):
-            raise ValueError("give 'parameters' or 'bytes', one of them")
+        given = self.parameters, self.bytes, self.latency
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give 'parameters', 'bytes' or 'latency', one of them")
+        for name in ("batch", "context") if self.latency is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} goes with 'latency'; leave it out")
         return self
 
     @property
     def unit(self) -> Unit:
+        if self.latency is not None:
+            return "nanoseconds"
         return "bytes" if self.parameters is None else "parameters"
 
     def of(self, whole: int) -> int:
-        """The number that it is of a model of cost `whole`."""
-        value = self.bytes if self.parameters is None else self.parameters
+        """The number that it is of a model of cost `whole`, in its unit."""
+        value = self.parameters or self.bytes or self.latency
         assert value is not None  # `_one`
-        return int(value * whole) if value < 1 else int(value)
+        return int(value * whole) if value < 1 else int(value * _IN_UNITS[self.unit])
+
+
+_IN_UNITS: dict[Unit, int] = {"parameters": 1, "bytes": 1, "nanoseconds": 10**6}
 
 
 class Keep(Strict):

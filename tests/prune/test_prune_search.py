@@ -178,9 +178,9 @@ def test_budgets_without_candidates_are_refused():
     prices, whole = Prices.of(config, params, "parameters"), sizes_of(config, params)
     numbers, scores = grids(config, whole, ["layers"], 0.5, 1), _random_importance("tied")
     total = cost_of(params, "parameters")
-    with pytest.raises(UserError, match=f"has {total} already"):
+    with pytest.raises(UserError, match=f"has {total} parameters already"):
         candidates(prices, numbers, scores, total, 1)
-    with pytest.raises(UserError, match="the smallest candidate has .* and the budget is 10"):
+    with pytest.raises(UserError, match="the smallest candidate has .* and the budget is 10 p"):
         candidates(prices, numbers, scores, 10, 1)
     with pytest.raises(UserError, match="no experts to remove; choose among layers, hidden"):
         grids(config, whole, ["experts"], 0.5, 1)
