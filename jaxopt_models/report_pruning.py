@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -51,12 +52,20 @@ def _cost(cost: int | None, unit: Unit) -> str:
 
 
 def kept_text(candidate: Candidate) -> str:
-    """ "hidden 512, neurons 1024, without layers 3, 7-9" """
+    """ "hidden 512, neurons 512-1024, without layers 3, 7-9" """
     fields = candidate.as_dict()
-    parts = [f"{axis} {number}" for axis, number in fields["keep"].items()]
+    parts = [f"{axis} {_range(count, candidate.dropped)}" for axis, count in fields["keep"].items()]
     if candidate.dropped:
         parts.append(f"without layers {_runs(candidate.dropped)}")
     return ", ".join(parts)
+
+
+def _range(count: int | Sequence[int], dropped: Sequence[int]) -> str:
+    """A number, or the least and the most of the layers that stay."""
+    if isinstance(count, int):
+        return str(count)
+    own = [number for i, number in enumerate(count) if i not in dropped]
+    return f"{min(own)}-{max(own)}" if min(own) < max(own) else str(own[0])
 
 
 def _runs(numbers: Sequence[int]) -> str:
@@ -136,5 +145,10 @@ def _csv(report: PruneReport) -> str:
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
     table.writeheader()
     for row in flat:
-        table.writerow(row | {"dropped": " ".join(map(str, row["dropped"]))})
+        table.writerow({name: _cell(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Of several numbers all, with spaces between them."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

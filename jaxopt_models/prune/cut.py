@@ -22,9 +22,10 @@ from jaxopt_models.prune.importance import Importance, importance
 from jaxopt_models.prune.latency import Clock, Times, parts, wall_clock
 from jaxopt_models.prune.masks import Masks
 from jaxopt_models.prune.norm_gains import norm_gains, rescale_norms
+from jaxopt_models.prune.per_layer import Block, blocks, mixtures, score
 from jaxopt_models.prune.prune_report import Latency
 from jaxopt_models.prune.search import Scored, halve, measured_most
-from jaxopt_models.prune.settings import Budget, PruneSettings
+from jaxopt_models.prune.settings import Budget, PerLayer, PruneSettings
 from jaxopt_models.prune.sizes import AXES, Axis, Costs, Prices, cost_of, grids, sizes_of
 from jaxopt_models.prune.slicing import slice_model
 
@@ -37,6 +38,7 @@ class Cut:
     params: Any
     chosen: Candidate | None = None
     scored: tuple[Scored, ...] = ()
+    blocks: tuple[Block, ...] = ()
     uniform: Damage | None = None
     budget: int | None = None
     latency: Latency | None = None
@@ -91,8 +93,17 @@ class Cutter:
         with self.timed("costs"):
             costs = self.costs(budget, numbers)
         limit = budget.of(costs.of_whole)
+        drawn = self.settings.search.candidates
+        given = candidates(costs, numbers, scores, limit, drawn, self.settings.seed)
+        choices: list[Block] = []
+        if self.settings.search.per_layer is not None:
+            with self.timed("per layer"):
+                choices = self.blocks(self.settings.search.per_layer, numbers, scores)
+            known = {(one.target, one.dropped) for one in given}
+            mixed = mixtures(self.model.config, costs, numbers, choices, limit)
+            given += [one for one in mixed if (one.target, one.dropped) not in known]
         with self.timed("search"):
-            scored = self.search(costs, numbers, limit, scores)
+            scored = self.search(given, scores)
         if isinstance(costs, Times):
             with self.timed("latency"):
                 scored = self.measured(budget, scored, scores)
@@ -102,7 +113,7 @@ class Cutter:
         with self.timed("slice"):
             small, params = self.slice(chosen, scores)
         latency = self.latency(budget, costs) if isinstance(costs, Times) else None
-        return Cut(small, params, chosen, scored, uniform, limit, latency)
+        return Cut(small, params, chosen, scored, tuple(choices), uniform, limit, latency)
 
     def numbers(self) -> Grids:
         """Of each axis, what may be kept of it."""
@@ -128,16 +139,25 @@ class Cutter:
     def clock_of(self, budget: Budget) -> Clock:
         return self.clock or wall_clock(budget.batch, budget.context)
 
-    def search(
-        self, costs: Costs, numbers: Grids, limit: int, scores: Importance
-    ) -> tuple[Scored, ...]:
+    def blocks(self, how: PerLayer, numbers: Grids, scores: Importance) -> list[Block]:
+        """What each layer may become, scored; layer by layer."""
+        config, found = self.model.config, []
+        text = self.calibration[: -(-how.windows // self.settings.batch)]
+        whole = sizes_of(config, self.model.params)
+        offered = blocks(config, numbers, how.widths, self.settings.uniform)
+        for own in self.progress(offered, "scoring layers"):
+            kls = score(config, self.model.params, text, own, scores, whole) if own else []
+            found += [replace(one, kl=kl) for one, kl in zip(own, kls, strict=True)]
+        return found
+
+    def search(self, given: Sequence[Candidate], scores: Importance) -> tuple[Scored, ...]:
         """All candidates, best first."""
         settings = self.settings
         found = halve(
             self.model.config,
             self.model.params,
             self.calibration,
-            candidates(costs, numbers, scores, limit, settings.search.candidates, settings.seed),
+            given,
             lambda candidate: candidate.masks(scores),
             first=-(-settings.search.first // settings.batch),
             finalists=settings.search.finalists,

@@ -6,6 +6,7 @@ from typing import Any
 from jaxopt_models.evaluate import Metrics
 from jaxopt_models.prune.candidates import Candidate
 from jaxopt_models.prune.damage import Damage
+from jaxopt_models.prune.per_layer import Block
 from jaxopt_models.prune.search import Scored
 from jaxopt_models.prune.sizes import Unit
 from jaxopt_models.prune.sparsity import SparseReport
@@ -38,6 +39,7 @@ class PruneReport:
       unit: of costs of candidates.
       budget: largest cost; None without a search.
       candidates: best first, see `search.halve`; empty without a search.
+      blocks: what layers could have become, with scores; empty without `search.per_layer`.
       chosen: None where nothing was cut.
       parameters, bytes: before and after; zeros in matrices count like other weights.
       sparsity: a row for each weight that got zeros.
@@ -52,6 +54,7 @@ class PruneReport:
     unit: Unit
     budget: int | None
     candidates: tuple[Scored, ...]
+    blocks: tuple[Block, ...]
     chosen: Candidate | None
     parameters: tuple[int, int]
     bytes: tuple[int, int]
@@ -77,6 +80,7 @@ class PruneReport:
             "latency": None if self.latency is None else asdict(self.latency),
             "chosen": None if self.chosen is None else self.chosen.as_dict(),
             "candidates": [scored_dict(one) for one in self.candidates],
+            "blocks": [one.as_dict() for one in self.blocks],
             "sparsity": [row.as_dict() for row in self.sparsity],
             "evaluation": measured,
             "seconds": self.seconds,

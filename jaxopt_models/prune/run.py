@@ -63,6 +63,7 @@ def prune(
         unit="parameters" if settings.budget is None else settings.budget.unit,
         budget=result.budget,
         candidates=result.scored,
+        blocks=result.blocks,
         chosen=result.chosen,
         parameters=(cost_of(params, "parameters"), cost_of(smaller, "parameters")),
         bytes=(cost_of(params, "bytes"), cost_of(smaller, "bytes")),

@@ -13,6 +13,7 @@
     uniform: true                     # equal widths in all layers, as exports need
     rescale_norms: false              # gains of norms for the narrower stream
     search: {candidates: 32, first: 4, finalists: 4, least: 0.4}
+                                      # per_layer: {widths: 2, windows: 4} gives each layer its own
     seed: 0
     evaluation: {text: builtin, windows: 16}
 
@@ -110,6 +111,18 @@ class Zeros(Strict):
         return Sparsity(pattern, self.method, update, self.damping, self.weights)
 
 
+class PerLayer(Strict):
+    """A candidate of which each layer has a choice of its own, see `per_layer`.
+
+    Attributes:
+      widths: of each axis, besides the whole.
+      windows: that choices are scored on.
+    """
+
+    widths: StrictInt = Field(default=2, ge=1)
+    windows: StrictInt = Field(default=4, ge=1)
+
+
 class Search(Strict):
     """
     Attributes:
@@ -117,12 +130,14 @@ class Search(Strict):
       first: windows of the first round.
       finalists: how many are measured on all windows.
       least: share of each axis that stays at least.
+      per_layer: None leaves it out.
     """
 
     candidates: StrictInt = Field(default=32, ge=0)
     first: StrictInt = Field(default=4, ge=1)
     finalists: StrictInt = Field(default=4, ge=1)
     least: float = Field(default=0.4, gt=0, le=1)
+    per_layer: PerLayer | None = None
 
 
 class Evaluation(Strict):
@@ -170,6 +185,15 @@ class PruneSettings(Strict):
                 raise ValueError(f"{name!r} is for a search; give a 'budget' or leave it out")
         if self.axes is not None and (not self.axes or len(set(self.axes)) < len(self.axes)):
             raise ValueError("'axes' is empty or names one twice; name each that may be cut")
+        if (
+            self.search.per_layer is not None
+            and self.uniform
+            and "layers" not in (self.axes or ("layers",))
+        ):
+            raise ValueError(
+                "'search.per_layer' can leave out layers where they are 'uniform', and 'axes' does "
+                "not name them; add 'layers', or let widths differ with uniform: false"
+            )
         if self.sparsity is not None:
             self.sparsity.sparsity()
         return self
