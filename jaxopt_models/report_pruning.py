@@ -25,9 +25,11 @@ def candidates_table(report: PruneReport, count: int = 10) -> Table:
         "the best first",
     )
     timed = report.latency is not None
+    taught = any(one.taught is not None for one in report.candidates)
     for column in ("candidate", "keeps"):
         table.add_column(column, justify="left", overflow="fold")
     figures = [SHOWN[report.unit][1], *(["measured"] if timed else []), "windows", "KL", "top-1"]
+    figures += ["KL, taught"] if taught else []
     for column in figures:
         table.add_column(column, justify="right", no_wrap=True)
     for place, one in enumerate(report.candidates):
@@ -41,6 +43,7 @@ def candidates_table(report: PruneReport, count: int = 10) -> Table:
             str(one.windows),
             f"{one.damage.kl:.4f}",
             f"{one.damage.top1_agreement:.3f}",
+            *(["-" if one.taught is None else f"{one.taught.kl:.4f}"] if taught else []),
         )
     return table
 

@@ -44,11 +44,11 @@ class PruneReport:
       parameters, bytes: before and after; zeros in matrices count like other weights.
       sparsity: a row for each weight that got zeros.
       original, pruned: measured on other text, the pruned model beside the original.
-      uniform: the uniform candidate likewise, without zeros; None without a search, and where it
-        was chosen or does not fit the budget.
+      uniform: the uniform candidate likewise, taught if finalists are, without zeros; None without
+        a search, and where it was chosen or does not fit the budget.
       latency: of a budget in nanoseconds; candidates' costs are then computed from times of parts,
         and those of finalists measured as well.
-      seconds: of each step.
+      seconds: of each step, in the process that ended the run.
     """
 
     unit: Unit
@@ -90,4 +90,8 @@ class PruneReport:
 def scored_dict(scored: Scored) -> dict[str, Any]:
     """A row of the table of candidates."""
     row = scored.candidate.as_dict() | asdict(scored.damage) | {"windows": scored.windows}
-    return row if scored.measured is None else row | {"measured": scored.measured}
+    if scored.measured is not None:
+        row["measured"] = scored.measured
+    if scored.taught is not None:
+        row |= {f"taught_{name}": value for name, value in asdict(scored.taught).items()}
+    return row

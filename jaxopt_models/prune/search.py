@@ -17,6 +17,7 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.prune.candidates import Candidate
 from jaxopt_models.prune.damage import Damage, damage
 from jaxopt_models.prune.masks import Masks
+from jaxopt_models.prune.stages import Remember, at_once
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Scored:
 
     Attributes:
       measured: its cost where that is measured, too, and not computed alone; else None.
+      taught: what it was measured at, on all windows, after a short distillation; else None.
     """
 
     candidate: Candidate
     damage: Damage
     windows: int
     measured: int | None = None
+    taught: Damage | None = None
 
 
 def measured_most(scored: Sequence[Scored]) -> list[Scored]:
@@ -62,6 +65,7 @@ def halve(
     finalists: int = 4,
     always: Collection[str] = (),
     changed: Callable[[Masks], Any] | None = None,
+    remember: Remember = at_once,
     progress: Progress = silent,
 ) -> list[Scored]:
     """Successive halving by KL.
@@ -77,6 +81,7 @@ def halve(
       always: names of candidates that stay beside the others to the end.
       changed: parameters that go with some masks, as `rescale_norms` makes them; what it returns
         for equal hidden channels has to be equal. None takes the original's.
+      remember: keeps the figures of each round, so that they need not be measured again.
       progress: wraps the loops over candidates, as `tqdm` would.
 
     Returns:
@@ -87,15 +92,24 @@ def halve(
     """
     found: dict[str, Scored] = {}
     running, done = list(candidates), 0
-    for count, seen in rounds(len(candidates), len(batches), first, finalists):
+    plan = rounds(len(candidates), len(batches), first, finalists)
+    for number, (count, seen) in enumerate(plan):
         running = _better(running, found, count, always)
         text = batches[done:seen]
+
+        def measured(running=running, text=text) -> dict[str, Any]:
+            new: dict[str, Any] = {}
+            for some, these in _groups(running, masks, changed, params):
+                given = [masks(candidate) for candidate in some]
+                sums = damage(config, these, text, given, params, progress)
+                new |= {one.name: astuple(own) for one, own in zip(some, sums, strict=True)}
+            return new
+
+        new = remember(f"round {number}", measured)
         windows = sum(len(batch) for batch in text)
-        for some, these in _groups(running, masks, changed, params):
-            given = [masks(candidate) for candidate in some]
-            sums = damage(config, these, text, given, params, progress)
-            for candidate, new in zip(some, sums, strict=True):
-                found[candidate.name] = _mean(found.get(candidate.name), candidate, new, windows)
+        for candidate in running:
+            own = Damage(*new[candidate.name])
+            found[candidate.name] = _mean(found.get(candidate.name), candidate, own, windows)
         done = seen
     return sorted(found.values(), key=lambda scored: (-scored.windows, scored.damage.kl))
 

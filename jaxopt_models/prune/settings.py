@@ -14,6 +14,7 @@
     rescale_norms: false              # gains of norms for the narrower stream
     search: {candidates: 32, first: 4, finalists: 4, least: 0.4}
                                       # per_layer: {widths: 2, windows: 4} gives each layer its own
+                                      # distill: {steps: 100, learning_rate: 1.0e-4} for finalists
     seed: 0
     evaluation: {text: builtin, windows: 16}
 
@@ -123,6 +124,21 @@ class PerLayer(Strict):
     windows: StrictInt = Field(default=4, ge=1)
 
 
+class Distill(Strict):
+    """A lesson for each finalist, see `teaching`; the best behind it is chosen, as it was taught.
+
+    Attributes:
+      steps: of AdamW.
+      batch: rows of each, of the same length as windows.
+      learning_rate: the highest; it rises in a share of steps, `warmup`, and falls to a tenth.
+    """
+
+    steps: StrictInt = Field(default=100, ge=1)
+    batch: StrictInt = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+
+
 class Search(Strict):
     """
     Attributes:
@@ -131,6 +147,7 @@ class Search(Strict):
       finalists: how many are measured on all windows.
       least: share of each axis that stays at least.
       per_layer: None leaves it out.
+      distill: None chooses among finalists as they are cut.
     """
 
     candidates: StrictInt = Field(default=32, ge=0)
@@ -138,6 +155,7 @@ class Search(Strict):
     finalists: StrictInt = Field(default=4, ge=1)
     least: float = Field(default=0.4, gt=0, le=1)
     per_layer: PerLayer | None = None
+    distill: Distill | None = None
 
 
 class Evaluation(Strict):
