@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import Reference, evaluate, reference
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
@@ -154,18 +153,17 @@ class Cutter:
             return Prices.of(config, params, budget.unit)
         clock, dtype = self.clock_of(budget), params["embed_tokens"]["weight"].dtype
         whole = sizes_of(config, params)
-        small = parts(config, whole, numbers)
-
-        def make() -> list[float]:
-            seconds = [
-                clock(part, init(part, jax.random.key(0), dtype))
-                for part in self.progress(small, "timing parts")
-            ]
-            return [*seconds, clock(config, params)]
-
         of = {"decoding": [budget.batch, budget.context], "numbers": numbers}
-        *seconds, original = self.stages.remember(device=_device(), **of)("times", make)
-        found = dict(zip(small, seconds, strict=True))
+        remember = self.stages.remember(device=_device(), **of)
+
+        def seconds(number: int, part: ModelConfig) -> float:
+            return remember(
+                f"part {number}", lambda: clock(part, init(part, jax.random.key(0), dtype))
+            )
+
+        numbered = list(enumerate(parts(config, whole, numbers)))
+        found = {part: seconds(i, part) for i, part in self.progress(numbered, "timing parts")}
+        original = remember("time original", lambda: clock(config, params))
         return Times.of(config, whole, numbers, found.__getitem__, original)
 
     def clock_of(self, budget: Budget) -> Clock:
@@ -223,8 +221,6 @@ class Cutter:
         self, how: Distill, scored: Sequence[Scored], cut: Slice
     ) -> tuple[tuple[Scored, ...], Models]:
         """With what finalists lose behind a lesson, and models of the best and the uniform one."""
-        if self.training is None:
-            raise UserError("search.distill needs rows to learn from; give `training`")
 
         @cache
         def school() -> School:

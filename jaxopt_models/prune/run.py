@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from jaxopt_models.errors import UserError
 from jaxopt_models.evaluate import evaluate
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
@@ -55,6 +56,8 @@ def prune(
     """
     config, params = model.config, model.params
     check_plain(params)
+    if settings.search.distill is not None and training is None:
+        raise UserError("search.distill needs rows to learn from; give `training`")
     stages = Stages()
     if resume is not None:
         stages = Stages(Path(resume), run_of(model, calibration=calibration, training=training))
