@@ -1,7 +1,7 @@
 """The command that cuts a model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,10 +24,13 @@ def prune(
         ),
     ] = None,
 ) -> None:
-    """Remove layers, channels, neurons, heads or experts of a model, or weights, and save it."""
+    """Remove layers, channels, neurons, heads or experts of a model, or weights, and save it.
+
+    OUT.partial keeps what is finished until then; the same command goes on with it.
+    """
     import jaxopt_models as jom
     from jaxopt_models import report_pruning
-    from jaxopt_models.prune import run
+    from jaxopt_models.prune import run, stages
     from jaxopt_models.prune.settings import PruneSettings
 
     settings = PruneSettings.load(config, tuple(overrides or ()))
@@ -35,8 +38,12 @@ def prune(
     with report.working(f"loading {model}"):
         loaded = jom.load(model)
     with report.working("tokenizing"):
-        calibration, evaluation = _texts(loaded, settings)
-    small, params, result = run.prune(loaded, settings, calibration, evaluation, report.progress)
+        texts = _texts(loaded, settings)
+        training = _training(loaded, settings)
+    partial = out.with_name(f"{out.name}.partial")
+    small, params, result = run.prune(
+        loaded, settings, *texts, report.progress, training=training, resume=partial
+    )
     with report.working(f"saving {out}"):
         jom.save(
             out,
@@ -47,6 +54,7 @@ def prune(
             report=result.as_dict(),
             provenance={"source": loaded.source, "calibration": settings.text},
         )
+    stages.remove(partial)
     if json:
         write_json(json, result.as_dict())
     if files:
@@ -76,3 +84,13 @@ def _texts(model, settings) -> tuple[list, list]:
         for text, count in zip(texts, counts, strict=True)
     )
     return calibration, evaluation
+
+
+def _training(model, settings) -> Any:
+    """Rows that finalists learn from, if they are to."""
+    from jaxopt_models.prune.teaching import rows_between
+
+    if settings.search.distill is None:
+        return None
+    text = data.load_text(settings.text, "calibration")
+    return rows_between(model, text, settings.windows, settings.length)

@@ -310,6 +310,11 @@ def token_batches(
     Windows begin with the beginning-of-sequence id where the tokenizer puts one before a text.
     """
     tokenizer = tokenizer_of(model)
+    ids, bos = tokenize(tokenizer, text), bos_of(tokenizer)
+    return batches(windows(ids, count, length, bos), batch_size)
+
+
+def bos_of(tokenizer: Any) -> int | None:
+    """The beginning-of-sequence id, where the tokenizer puts one before a text."""
     first = tokenizer.encode("a", add_special_tokens=True)[0]
-    bos = first if first == tokenizer.bos_token_id else None
-    return batches(windows(tokenize(tokenizer, text), count, length, bos), batch_size)
+    return first if first == tokenizer.bos_token_id else None

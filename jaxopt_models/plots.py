@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxopt_models.errors import UserError
+from jaxopt_models.prune import sizes
 from jaxopt_models.prune.candidates import BASELINE
 from jaxopt_models.prune.search import Scored, frontier
 from jaxopt_models.quantize.groups import GROUPS
@@ -59,7 +60,7 @@ def pareto_plot(
     return figure
 
 
-def candidates_plot(scored: Sequence[Scored], unit: str = "parameters") -> Figure:
+def candidates_plot(scored: Sequence[Scored], unit: sizes.Unit = "parameters") -> Figure:
     """Divergence of pruning candidates by what they cost; the line joins those that no other beats
     in both, of those measured on the most text. Others are grey.
 
@@ -70,9 +71,9 @@ def candidates_plot(scored: Sequence[Scored], unit: str = "parameters") -> Figur
     figure = _figure()
     axes = figure.add_subplot()
     most = max(one.windows for one in scored)
-    best = frontier(scored)
+    best, (factor, label) = frontier(scored), sizes.SHOWN[unit]
     axes.step(
-        [one.candidate.cost for one in best],
+        [factor * one.candidate.cost for one in best],
         [one.damage.kl for one in best],
         where="post",
         color="tab:blue",
@@ -86,11 +87,12 @@ def candidates_plot(scored: Sequence[Scored], unit: str = "parameters") -> Figur
     colors = ("tab:blue", "lightgrey", "tab:red")
     for (name, some), color in zip(groups.items(), colors, strict=True):
         if some:
-            costs, kls = [one.candidate.cost for one in some], [one.damage.kl for one in some]
+            costs = [factor * one.candidate.cost for one in some]
+            kls = [one.damage.kl for one in some]
             axes.scatter(costs, kls, label=name, color=color)
     axes.set_yscale("log")
     axes.set_title("Pruning: candidates within a budget")
-    axes.set_xlabel(unit)
+    axes.set_xlabel(label)
     axes.set_ylabel("KL to the original (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -5,25 +5,32 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from jaxopt_models.files import write_json, write_text
 from jaxopt_models.prune.candidates import BASELINE, Candidate
-from jaxopt_models.prune.prune_report import PruneReport, scored_dict
+from jaxopt_models.prune.prune_report import Latency, PruneReport, scored_dict
+from jaxopt_models.prune.sizes import SHOWN, Unit
 from jaxopt_models.report import empty_table, new_report
 
 
 def candidates_table(report: PruneReport, count: int = 10) -> Table:
     """The best candidates, and the uniform one in any case."""
+    assert report.budget is not None  # it is of a search
     table = empty_table(
-        f"candidates within {report.budget:,} {report.unit}",
+        f"candidates within {_cost(report.budget, report.unit)} {SHOWN[report.unit][1]}",
         f"{len(report.candidates)} candidates; KL in nats a token, of those measured the longest "
         "the best first",
     )
+    timed = report.latency is not None
+    taught = any(one.taught is not None for one in report.candidates)
     for column in ("candidate", "keeps"):
         table.add_column(column, justify="left", overflow="fold")
-    for column in (report.unit, "windows", "KL", "top-1"):
+    figures = [SHOWN[report.unit][1], *(["measured"] if timed else []), "windows", "KL", "top-1"]
+    figures += ["KL, taught"] if taught else []
+    for column in figures:
         table.add_column(column, justify="right", no_wrap=True)
     for place, one in enumerate(report.candidates):
         if place >= count and one.candidate.name != BASELINE:
@@ -31,21 +38,37 @@ def candidates_table(report: PruneReport, count: int = 10) -> Table:
         table.add_row(
             one.candidate.name,
             kept_text(one.candidate),
-            f"{one.candidate.cost:,}",
+            _cost(one.candidate.cost, report.unit),
+            *([_cost(one.measured, report.unit)] if timed else []),
             str(one.windows),
             f"{one.damage.kl:.4f}",
             f"{one.damage.top1_agreement:.3f}",
+            *(["-" if one.taught is None else f"{one.taught.kl:.4f}"] if taught else []),
         )
     return table
 
 
+def _cost(cost: int | None, unit: Unit) -> str:
+    if cost is None:
+        return "-"
+    return f"{cost * SHOWN[unit][0]:,.3f}" if unit == "nanoseconds" else f"{cost:,}"
+
+
 def kept_text(candidate: Candidate) -> str:
-    """ "hidden 512, neurons 1024, without layers 3, 7-9" """
+    """ "hidden 512, neurons 512-1024, without layers 3, 7-9" """
     fields = candidate.as_dict()
-    parts = [f"{axis} {number}" for axis, number in fields["keep"].items()]
+    parts = [f"{axis} {_range(count, candidate.dropped)}" for axis, count in fields["keep"].items()]
     if candidate.dropped:
         parts.append(f"without layers {_runs(candidate.dropped)}")
     return ", ".join(parts)
+
+
+def _range(count: int | Sequence[int], dropped: Sequence[int]) -> str:
+    """A number, or the least and the most of the layers that stay."""
+    if isinstance(count, int):
+        return str(count)
+    own = [number for i, number in enumerate(count) if i not in dropped]
+    return f"{min(own)}-{max(own)}" if min(own) < max(own) else str(own[0])
 
 
 def _runs(numbers: Sequence[int]) -> str:
@@ -82,10 +105,20 @@ def totals_line(report: PruneReport) -> str:
     if report.sparsity:
         zeros = sum(row.sparsity for row in report.sparsity) / len(report.sparsity)
         parts.append(f"{len(report.sparsity)} matrices with {zeros:.1%} zeros on average")
+    if report.latency is not None:
+        parts.append(_times(report, report.latency))
     parts.append(f"perplexity {report.original.perplexity:.3f} -> {report.pruned.perplexity:.3f}")
     parts.append(f"KL {report.pruned.kl:.4f} nats a token")
     parts.append(f"{sum(report.seconds.values()):.1f} s")
     return ", ".join(parts)
+
+
+def _times(report: PruneReport, latency: Latency) -> str:
+    """Of the original and of what was chosen, as measured and as its parts add up to."""
+    chosen = report.candidates[0]
+    times = (latency.original, chosen.measured, chosen.candidate.cost)
+    before, after, predicted = (_cost(time, report.unit) for time in times)
+    return f"{before} -> {after} ms a step ({predicted} predicted) on {latency.device}"
 
 
 def save_report(directory: str | Path, report: PruneReport) -> None:
@@ -115,5 +148,10 @@ def _csv(report: PruneReport) -> str:
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)))
     table.writeheader()
     for row in flat:
-        table.writerow(row | {"dropped": " ".join(map(str, row["dropped"]))})
+        table.writerow({name: _cell(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Of several numbers all, with spaces between them."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

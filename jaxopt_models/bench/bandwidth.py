@@ -1,6 +1,5 @@
-"""Wall-clock times of device loops, and how fast memory can be read."""
+"""How fast memory can be read."""
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,32 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxopt_models.decode_time import seconds_per_turn
+
 _TURNS = (2, 10)
-
-
-def seconds_per_turn(
-    start: Callable[[int], Callable[[], Any]], turns: tuple[int, int], repeats: int = 3
-) -> float:
-    """Time of one turn of a loop: what more turns take longer, so that starting it cancels.
-
-    Args:
-      start: makes ready a loop of so many turns, untimed, and returns what runs it.
-      turns: of the shorter and the longer loop.
-      repeats: the least time of so many runs counts, of each.
-    """
-
-    def seconds(count: int) -> float:
-        run = start(count)
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        return time.perf_counter() - begin
-
-    few, many = turns
-    for count in turns:  # compiles
-        seconds(count)
-    times = [(seconds(few), seconds(many)) for _ in range(repeats)]
-    shorter, longer = (min(column) for column in zip(*times, strict=True))
-    return (longer - shorter) / (many - few)
 
 
 def read_bandwidth(size: int | None = None) -> float:

@@ -6,7 +6,7 @@ included. They are of the cache's last positions, so that it is nearly full.
 """
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,21 +16,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxopt_models import tree
-from jaxopt_models.bench.bandwidth import read_bandwidth, seconds_per_turn
+from jaxopt_models.bench.bandwidth import read_bandwidth
 from jaxopt_models.bench.quality_results import device, device_file, today
 from jaxopt_models.checkpoint.native import package_version
-from jaxopt_models.decoding import DecodeState, decode_loop
+from jaxopt_models.decode_time import decode_seconds
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.formats import resolve
 from jaxopt_models.inference import prepare
 from jaxopt_models.kv_quantizer import KVQuantizer, RowQuantizer, with_kv_cache
-from jaxopt_models.models.cache import LayerCache, cache_bytes, empty_cache
+from jaxopt_models.models.cache import cache_bytes, empty_cache
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.qtensor import InputQuantizer, quantize_array
-from jaxopt_models.sampling import make_sampler
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 5e5}
 _GROUPED = {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -112,7 +111,7 @@ def bench_decode(
     for format in progress(formats, "formats"):
         params = random_params(config, format, head, kv_format)
         for batch in batches:
-            seconds = _seconds(config, params, batch, context, steps)
+            seconds = decode_seconds(config, params, batch, context, (_FEW, steps))
             baseline |= {batch: seconds} if format == "bf16" else {}
             read = bytes_per_step(config, params, batch, context)
             result["rows"].append(
@@ -167,37 +166,6 @@ def bytes_per_step(config: ModelConfig, params: Any, batch: int, context: int) -
         weights -= table.nbytes - batch * table[0].nbytes
     make = partial(empty_cache, config, batch=batch, capacity=context)
     return weights + cache_bytes(jax.eval_shape(make, params))
-
-
-def _seconds(config: ModelConfig, params: Any, batch: int, context: int, steps: int) -> float:
-    """Of one step at the end of the context."""
-    sampler, length = make_sampler(batch), jnp.full(batch, context - steps, jnp.int32)
-
-    def start(count: int) -> Callable[[], DecodeState]:
-        keys = jax.random.split(jax.random.key(1), config.num_layers)
-        filled = partial(_filled, config, batch, context)
-        state = DecodeState(
-            tokens=jnp.zeros((batch, context), jnp.int32),
-            length=length + 0,  # the loop takes its buffers over
-            limit=length + count,
-            done=jnp.zeros(batch, bool),
-            cache=tuple(map(filled, params["layers"], keys)),
-        )
-        return partial(decode_loop, config, params, jax.block_until_ready(state), sampler, ())
-
-    return seconds_per_turn(start, (_FEW, steps))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _filled(
-    config: ModelConfig, batch: int, context: int, layer: Any, key: jax.Array
-) -> LayerCache:
-    """A layer's cache of random keys and values."""
-    (cache,) = empty_cache(config, {"layers": (layer,)}, batch, context)
-    shape = (2, batch, context, cache.keys.shape[1], config.head_dim)
-    keys, values = jax.random.normal(key, shape, _DTYPE)
-    slots = jnp.broadcast_to(jnp.arange(context), (batch, context))
-    return cache.append(keys, values, slots, layer["self_attn"].get("kv_cache"))
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -21,7 +21,7 @@ from jaxopt_models.errors import UserError
 from jaxopt_models.prune.choose import Target, choose
 from jaxopt_models.prune.importance import Importance
 from jaxopt_models.prune.masks import Masks, drop_layers
-from jaxopt_models.prune.sizes import Axis, Prices, Sizes
+from jaxopt_models.prune.sizes import Axis, Costs, Sizes
 
 BASELINE = "uniform"
 _DRAWS = 10  # for each new candidate at most
@@ -58,7 +58,7 @@ class Candidate:
 
 
 def candidates(
-    prices: Prices,
+    costs: Costs,
     grids: Grids,
     importance: Importance,
     budget: int,
@@ -72,7 +72,7 @@ def candidates(
     nothing but layers is cut, every run of them is a candidate (arXiv:2403.17887).
 
     Args:
-      prices: in the unit of the budget.
+      costs: in the unit of the budget.
       grids: numbers to choose from, see `sizes.grids`.
       importance: of the model's parts.
       budget: largest cost.
@@ -84,22 +84,22 @@ def candidates(
     """
     influence = np.asarray(importance.layers, np.float64)
     rules = [_least(influence), _least_run(influence)]
-    _check(prices, grids, rules[0], budget)
+    _check(costs, grids, rules[0], budget)
     free: list[Axis] = [axis for axis, numbers in grids.items() if len(numbers) > 1]
     rng = np.random.default_rng(seed)
     found: dict[tuple[Any, ...], Candidate] = {}
 
     def add(name: str, shares: dict[Axis, float], rule: Dropped) -> bool:
-        sizes = fit(prices, grids, shares, rule, budget)
-        return sizes is not None and _keep(found, prices, name, sizes, rule)
+        sizes = fit(costs, grids, shares, rule, budget)
+        return sizes is not None and _keep(found, costs, name, sizes, rule)
 
     add(BASELINE, dict.fromkeys(free, 1.0), rules[0])
     for axis in free:
         add(f"{axis} only", {axis: 1.0}, rules[0])
     if "layers" in free:
-        sizes = fit(prices, grids, {"layers": 1.0}, rules[0], budget)
+        sizes = fit(costs, grids, {"layers": 1.0}, rules[0], budget)
         if sizes is not None:
-            _keep_runs(found, prices, sizes, budget)
+            _keep_runs(found, costs, sizes, budget)
     drawn = 0
     for _ in range(_DRAWS * count if len(free) > 1 else 0):
         if drawn == count:
@@ -110,7 +110,7 @@ def candidates(
 
 
 def fit(
-    prices: Prices,
+    costs: Costs,
     grids: Grids,
     shares: Mapping[Axis, float],
     rule: Dropped,
@@ -128,8 +128,8 @@ def fit(
         return {axis: _nearest(numbers, wanted(axis, t)) for axis, numbers in grids.items()}
 
     def fits(sizes: Sizes) -> bool:
-        removed = prices.whole["layers"] - sizes["layers"]
-        return prices.of_sizes(sizes, rule(removed)) <= budget
+        removed = costs.whole["layers"] - sizes["layers"]
+        return costs.of_sizes(sizes, rule(removed)) <= budget
 
     low, high = 0.0, 1e6
     if not fits(at(high)):
@@ -175,42 +175,45 @@ def _least_run(influence: np.ndarray) -> Dropped:
 
 
 def _keep(
-    found: dict[tuple[Any, ...], Candidate], prices: Prices, name: str, sizes: Sizes, rule: Dropped
+    found: dict[tuple[Any, ...], Candidate], costs: Costs, name: str, sizes: Sizes, rule: Dropped
 ) -> bool:
     """Whether the candidate is a new one; then it is added."""
-    whole = prices.whole
+    whole = costs.whole
     dropped = rule(whole["layers"] - sizes["layers"])
     kept = {a: n for a, n in sizes.items() if a != "layers" and n != whole[a]}
     key = (tuple(sorted(kept.items())), dropped)
     if key in found:
         return False
-    found[key] = Candidate(name, Target(**kept), dropped, prices.of_sizes(sizes, dropped))
+    found[key] = Candidate(name, Target(**kept), dropped, costs.of_sizes(sizes, dropped))
     return True
 
 
 def _keep_runs(
-    found: dict[tuple[Any, ...], Candidate], prices: Prices, sizes: Sizes, budget: int
+    found: dict[tuple[Any, ...], Candidate], costs: Costs, sizes: Sizes, budget: int
 ) -> None:
     """All runs of neighbouring layers of one length; layers of a mixture are not all equally
     large, so that some runs may not fit."""
-    layers = prices.whole["layers"]
+    layers = costs.whole["layers"]
     length = layers - sizes["layers"]
     for start in range(layers - length + 1):
         run = tuple(range(start, start + length))
-        if prices.of_sizes(sizes, run) <= budget:
-            _keep(found, prices, f"layers {run[0]}-{run[-1]}", sizes, lambda _, run=run: run)
+        if costs.of_sizes(sizes, run) <= budget:
+            _keep(found, costs, f"layers {run[0]}-{run[-1]}", sizes, lambda _, run=run: run)
 
 
-def _check(prices: Prices, grids: Grids, rule: Dropped, budget: int) -> None:
-    whole = prices.of_sizes(prices.whole, ())
+def _check(costs: Costs, grids: Grids, rule: Dropped, budget: int) -> None:
+    whole = costs.of_whole
     least: dict[Axis, int] = {axis: numbers[0] for axis, numbers in grids.items()}
-    smallest = prices.of_sizes(least, rule(prices.whole["layers"] - least["layers"]))
+    smallest = costs.of_sizes(least, rule(costs.whole["layers"] - least["layers"]))
     if budget >= whole:
-        raise UserError(f"budget: the model has {whole} already, so {budget} leaves it as it is")
+        raise UserError(
+            f"budget: the model has {costs.text(whole)} already, so a budget of "
+            f"{costs.text(budget)} leaves it as it is; lower it"
+        )
     if smallest > budget:
         raise UserError(
-            f"budget: the smallest candidate has {smallest}, and the budget is {budget}; raise it, "
-            "name more axes or lower `least`"
+            f"budget: the smallest candidate has {costs.text(smallest)}, and the budget is "
+            f"{costs.text(budget)}; raise it, name more axes or lower `least`"
         )
 
 

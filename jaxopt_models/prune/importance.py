@@ -15,6 +15,7 @@ arXiv:2403.03853 (layers); Lasby et al. 2025, arXiv:2510.13999 (experts).
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jaxopt_models.calibrate import Stream
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.progress import Progress, silent
-from jaxopt_models.prune.masks import check_plain, head_shape
+from jaxopt_models.prune.masks import check_plain, head_shape, keep_all
 
 _Taps = dict[str, jax.Array]
 _INPUT = "input_layernorm/output"
@@ -112,6 +113,13 @@ def importance(
         experts=tuple(scores.get("experts") for scores in found),
         expert_tokens=tuple(scores.get("expert_tokens") for scores in found),
     )
+
+
+def like(config: ModelConfig, params: Any) -> Importance:
+    """Abstract scores of a model's parts."""
+    masks = jax.eval_shape(lambda: keep_all(config, params))
+    scores = {part.name: getattr(masks, part.name) for part in fields(masks)}
+    return Importance(**scores, expert_tokens=masks.experts)
 
 
 def valid_weights(stream: Stream, valid: Sequence[Any] | None) -> list[np.ndarray]:

@@ -17,15 +17,29 @@ from jaxopt_models.progress import Progress, silent
 from jaxopt_models.prune.candidates import Candidate
 from jaxopt_models.prune.damage import Damage, damage
 from jaxopt_models.prune.masks import Masks
+from jaxopt_models.prune.stages import Remember, at_once
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A candidate and what it was measured at, on its first so many windows."""
+    """A candidate and what it was measured at, on its first so many windows.
+
+    Attributes:
+      measured: its cost where that is measured, too, and not computed alone; else None.
+      taught: what it was measured at, on all windows, after a short distillation; else None.
+    """
 
     candidate: Candidate
     damage: Damage
     windows: int
+    measured: int | None = None
+    taught: Damage | None = None
+
+
+def measured_most(scored: Sequence[Scored]) -> list[Scored]:
+    """Those that were measured the most, in their order."""
+    most = max(one.windows for one in scored)
+    return [one for one in scored if one.windows == most]
 
 
 def rounds(candidates: int, batches: int, first: int, finalists: int) -> list[tuple[int, int]]:
@@ -51,6 +65,7 @@ def halve(
     finalists: int = 4,
     always: Collection[str] = (),
     changed: Callable[[Masks], Any] | None = None,
+    remember: Remember = at_once,
     progress: Progress = silent,
 ) -> list[Scored]:
     """Successive halving by KL.
@@ -66,6 +81,7 @@ def halve(
       always: names of candidates that stay beside the others to the end.
       changed: parameters that go with some masks, as `rescale_norms` makes them; what it returns
         for equal hidden channels has to be equal. None takes the original's.
+      remember: keeps the figures of each round, so that they need not be measured again.
       progress: wraps the loops over candidates, as `tqdm` would.
 
     Returns:
@@ -76,15 +92,24 @@ def halve(
     """
     found: dict[str, Scored] = {}
     running, done = list(candidates), 0
-    for count, seen in rounds(len(candidates), len(batches), first, finalists):
+    plan = rounds(len(candidates), len(batches), first, finalists)
+    for number, (count, seen) in enumerate(plan):
         running = _better(running, found, count, always)
         text = batches[done:seen]
+
+        def measured(running=running, text=text) -> dict[str, Any]:
+            new: dict[str, Any] = {}
+            for some, these in _groups(running, masks, changed, params):
+                given = [masks(candidate) for candidate in some]
+                sums = damage(config, these, text, given, params, progress)
+                new |= {one.name: astuple(own) for one, own in zip(some, sums, strict=True)}
+            return new
+
+        new = remember(f"round {number}", measured)
         windows = sum(len(batch) for batch in text)
-        for some, these in _groups(running, masks, changed, params):
-            given = [masks(candidate) for candidate in some]
-            sums = damage(config, these, text, given, params, progress)
-            for candidate, new in zip(some, sums, strict=True):
-                found[candidate.name] = _mean(found.get(candidate.name), candidate, new, windows)
+        for candidate in running:
+            own = Damage(*new[candidate.name])
+            found[candidate.name] = _mean(found.get(candidate.name), candidate, own, windows)
         done = seen
     return sorted(found.values(), key=lambda scored: (-scored.windows, scored.damage.kl))
 
@@ -127,10 +152,8 @@ def _mean(before: Scored | None, candidate: Candidate, new: Damage, windows: int
 
 def frontier(scored: Sequence[Scored]) -> list[Scored]:
     """Those that no other beats in cost and KL together, by cost; of those measured the most."""
-    most = max(one.windows for one in scored)
-    full = [one for one in scored if one.windows == most]
     kept: list[Scored] = []
-    for one in sorted(full, key=lambda one: (one.candidate.cost, one.damage.kl)):
+    for one in sorted(measured_most(scored), key=lambda one: (one.candidate.cost, one.damage.kl)):
         if one.damage.kl < min((k.damage.kl for k in kept), default=math.inf):
             kept.append(one)
     return kept

@@ -1,6 +1,7 @@
 """Settings of pruning, as users write them down.
 
-    budget: {parameters: 0.8}         # or a number of them, or bytes; searched for
+    budget: {parameters: 0.8}         # or a number of them, or bytes, or the time of a decode step:
+                                      # {latency: 0.8, batch: 1, context: 1024}; searched for
     axes: [layers, hidden, neurons]   # that may be cut
     keep: {layers: 24}                # in place of a budget: this, without a search
     sparsity: {pattern: "2:4", method: wanda, update: exact}   # zeros in what is left
@@ -12,6 +13,8 @@
     uniform: true                     # equal widths in all layers, as exports need
     rescale_norms: false              # gains of norms for the narrower stream
     search: {candidates: 32, first: 4, finalists: 4, least: 0.4}
+                                      # per_layer: {widths: 2, windows: 4} gives each layer its own
+                                      # distill: {steps: 100, learning_rate: 1.0e-4} for finalists
     seed: 0
     evaluation: {text: builtin, windows: 16}
 
@@ -34,26 +37,44 @@ type _Count = StrictInt | tuple[StrictInt, ...]
 
 
 class Budget(Strict):
-    """Largest cost of the pruned model: below 1 a share of the original's, else a number."""
+    """Largest cost of the pruned model: below 1 a share of the original's, else a number.
+
+    Attributes:
+      latency: of a decode step on the device that searches; a number is milliseconds.
+      batch: rows that are decoded together, for latency.
+      context: positions of their caches, the last of which are decoded.
+    """
 
     parameters: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     bytes: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    latency: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    batch: StrictInt = Field(default=1, ge=1)
+    context: StrictInt = Field(default=1024, ge=64)
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.parameters is None) == (self.bytes is None):
-            raise ValueError("give 'parameters' or 'bytes', one of them")
+        given = self.parameters, self.bytes, self.latency
+        if sum(value is not None for value in given) != 1:
+            raise ValueError("give 'parameters', 'bytes' or 'latency', one of them")
+        for name in ("batch", "context") if self.latency is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} goes with 'latency'; leave it out")
         return self
 
     @property
     def unit(self) -> Unit:
+        if self.latency is not None:
+            return "nanoseconds"
         return "bytes" if self.parameters is None else "parameters"
 
     def of(self, whole: int) -> int:
-        """The number that it is of a model of cost `whole`."""
-        value = self.bytes if self.parameters is None else self.parameters
+        """The number that it is of a model of cost `whole`, in its unit."""
+        value = self.parameters or self.bytes or self.latency
         assert value is not None  # `_one`
-        return int(value * whole) if value < 1 else int(value)
+        return int(value * whole) if value < 1 else int(value * _IN_UNITS[self.unit])
+
+
+_IN_UNITS: dict[Unit, int] = {"parameters": 1, "bytes": 1, "nanoseconds": 10**6}
 
 
 class Keep(Strict):
@@ -91,6 +112,33 @@ class Zeros(Strict):
         return Sparsity(pattern, self.method, update, self.damping, self.weights)
 
 
+class PerLayer(Strict):
+    """A candidate of which each layer has a choice of its own, see `per_layer`.
+
+    Attributes:
+      widths: of each axis, besides the whole.
+      windows: that choices are scored on.
+    """
+
+    widths: StrictInt = Field(default=2, ge=1)
+    windows: StrictInt = Field(default=4, ge=1)
+
+
+class Distill(Strict):
+    """A lesson for each finalist, see `teaching`; the best behind it is chosen, as it was taught.
+
+    Attributes:
+      steps: of AdamW.
+      batch: rows of each, of the same length as windows.
+      learning_rate: the highest; it rises in a share of steps, `warmup`, and falls to a tenth.
+    """
+
+    steps: StrictInt = Field(default=100, ge=1)
+    batch: StrictInt = Field(default=4, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+
+
 class Search(Strict):
     """
     Attributes:
@@ -98,12 +146,16 @@ class Search(Strict):
       first: windows of the first round.
       finalists: how many are measured on all windows.
       least: share of each axis that stays at least.
+      per_layer: None leaves it out.
+      distill: None chooses among finalists as they are cut.
     """
 
     candidates: StrictInt = Field(default=32, ge=0)
     first: StrictInt = Field(default=4, ge=1)
     finalists: StrictInt = Field(default=4, ge=1)
     least: float = Field(default=0.4, gt=0, le=1)
+    per_layer: PerLayer | None = None
+    distill: Distill | None = None
 
 
 class Evaluation(Strict):
@@ -151,6 +203,15 @@ class PruneSettings(Strict):
                 raise ValueError(f"{name!r} is for a search; give a 'budget' or leave it out")
         if self.axes is not None and (not self.axes or len(set(self.axes)) < len(self.axes)):
             raise ValueError("'axes' is empty or names one twice; name each that may be cut")
+        if (
+            self.search.per_layer is not None
+            and self.uniform
+            and "layers" not in (self.axes or ("layers",))
+        ):
+            raise ValueError(
+                "'search.per_layer' can leave out layers where they are 'uniform', and 'axes' does "
+                "not name them; add 'layers', or let widths differ with uniform: false"
+            )
         if self.sparsity is not None:
             self.sparsity.sparsity()
         return self

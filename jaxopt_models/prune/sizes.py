@@ -8,6 +8,7 @@ in integers. Layers are taken out whole.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,14 @@ from jaxopt_models.prune.masks import head_shape
 
 Axis = Literal["layers", "hidden", "neurons", "heads", "groups", "experts", "expert_neurons"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-Unit = Literal["parameters", "bytes"]
+Stored = Literal["parameters", "bytes"]
+Unit = Literal[Stored, "nanoseconds"]
+# What people are shown: a cost times the first number is in the second.
+SHOWN: dict[Unit, tuple[float, str]] = {
+    "parameters": (1, "parameters"),
+    "bytes": (1, "bytes"),
+    "nanoseconds": (1e-6, "ms a step"),
+}
 Sizes = Mapping[Axis, int]  # how many of each axis that the model has; of layers, in all
 ROUNDED: tuple[Axis, ...] = ("hidden", "neurons", "expert_neurons")
 
@@ -99,22 +107,56 @@ def grids(
     return found
 
 
+class Costs(ABC):
+    """What a model costs by what it keeps, as integers of one unit, so that "within the budget" has
+    no rounding in it: the sum over what is outside of layers and each layer that stays.
+
+    Attributes:
+      whole: sizes of the model.
+    """
+
+    whole: Sizes
+
+    @abstractmethod
+    def of_outside(self, kept: Sizes) -> int:
+        """Of embeddings, the final norm and the head, of which so many of each axis are kept."""
+
+    @abstractmethod
+    def of_layer(self, index: int, kept: Sizes) -> int:
+        """Of one layer that keeps so many of each axis."""
+
+    @abstractmethod
+    def text(self, cost: int) -> str:
+        """A cost and its unit, for people."""
+
+    def of_sizes(self, kept: Sizes, dropped: Collection[int]) -> int:
+        """Of a model that keeps so many of each axis, without some layers."""
+        stay = (i for i in range(self.whole["layers"]) if i not in dropped)
+        return self.of_outside(kept) + sum(self.of_layer(i, kept) for i in stay)
+
+    @property
+    def of_whole(self) -> int:
+        return self.of_sizes(self.whole, ())
+
+
 @dataclass(frozen=True)
-class Prices:
-    """What a model costs by what it keeps, in parameters or bytes.
+class Prices(Costs):
+    """Of what is stored, exact.
 
     Attributes:
       whole: sizes of the model.
       outside: of leaves outside of layers, their cost by the axes that they have.
       layers: of each layer, likewise.
+      unit: of costs.
     """
 
     whole: Sizes
     outside: Mapping[tuple[Axis, ...], int]
     layers: tuple[Mapping[tuple[Axis, ...], int], ...]
+    unit: Stored
 
     @classmethod
-    def of(cls, config: ModelConfig, params: Any, unit: Unit) -> "Prices":
+    def of(cls, config: ModelConfig, params: Any, unit: Stored) -> "Prices":
         """Of a model in plain arrays, which may be abstract."""
         outside: Counter[tuple[Axis, ...]] = Counter()
         layers = tuple(Counter[tuple[Axis, ...]]() for _ in params["layers"])
@@ -123,26 +165,33 @@ class Prices:
             _, _, rest = path.partition("/")
             place = layers[int(rest.split("/")[0])] if path.startswith("layers/") else outside
             place[_axes(path)] += leaf.size * width
-        return cls(sizes_of(config, params), outside, layers)
+        return cls(sizes_of(config, params), outside, layers, unit)
 
-    def of_sizes(self, kept: Sizes, dropped: Collection[int]) -> int:
-        """Of a model that keeps so many of each axis, without some layers; exact."""
-        stay = [cost for i, cost in enumerate(self.layers) if i not in dropped]
+    def of_outside(self, kept: Sizes) -> int:
+        return self._sum(self.outside, kept)
+
+    def of_layer(self, index: int, kept: Sizes) -> int:
+        return self._sum(self.layers[index], kept)
+
+    def text(self, cost: int) -> str:
+        return f"{cost} {self.unit}"
+
+    def _sum(self, costs: Mapping[tuple[Axis, ...], int], kept: Sizes) -> int:
         return sum(
-            cost // self._product(self.whole, axes) * self._product(kept, axes)
-            for costs in (self.outside, *stay)
+            cost // _product(self.whole, axes) * _product(kept, axes)
             for axes, cost in costs.items()
         )
 
-    def _product(self, sizes: Sizes, axes: tuple[Axis, ...]) -> int:
-        return math.prod(sizes[axis] for axis in axes)
 
-
-def cost_of(params: Any, unit: Unit) -> int:
+def cost_of(params: Any, unit: Stored) -> int:
     """Of a whole model."""
     if unit == "bytes":
         return tree.size_in_bits(params) // 8
     return sum(leaf.size for _, leaf in tree.leaves_with_paths(params))
+
+
+def _product(sizes: Sizes, axes: tuple[Axis, ...]) -> int:
+    return math.prod(sizes[axis] for axis in axes)
 
 
 def _axes(path: str) -> tuple[Axis, ...]:

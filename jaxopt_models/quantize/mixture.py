@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from jaxopt_models.errors import UserError
-from jaxopt_models.quantize.budget import Priced, choose, smallest
+from jaxopt_models.knapsack import Priced, choose, smallest
 from jaxopt_models.quantize.options import UNITS, CacheOption, Choice, Fixed, Group, Point, Unit
 from jaxopt_models.quantize.recipe import Recipe, Rule
 from jaxopt_models.settings import Strict

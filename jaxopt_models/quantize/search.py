@@ -6,7 +6,7 @@
 
 Every candidate quantizes the whole model once. What it does to each group of fused linears, the
 rest left original, is scored (`sensitivity`) and priced (true stored bits; measured latency); the
-best mixture within a budget is then exact (`budget`), under the assumption that scores add up.
+best mixture within a budget is then exact (`knapsack`), under the assumption that scores add up.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxopt_models import cli, tree
+from jaxopt_models import cli, decode_time, tree
 from jaxopt_models.bench import bandwidth, decode
 from jaxopt_models.bench.decode import MODELS, bench_decode, bytes_per_step, random_params
 from jaxopt_models.errors import UserError
@@ -31,7 +31,7 @@ def loops(monkeypatch):
         states.extend(start(count)() for count in turns)
         return 0.5 * len(states)  # 1 s, 2 s, …
 
-    monkeypatch.setattr(decode, "seconds_per_turn", seconds_per_turn)
+    monkeypatch.setattr(decode_time, "seconds_per_turn", seconds_per_turn)
     monkeypatch.setattr(decode, "read_bandwidth", lambda: 1e6)
     return states
 
@@ -112,8 +112,8 @@ def test_the_start_of_a_loop_cancels(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(bandwidth.time, "perf_counter", lambda: now[0])
-    assert bandwidth.seconds_per_turn(start, (4, 12)) == 0.25
+    monkeypatch.setattr(decode_time.time, "perf_counter", lambda: now[0])
+    assert decode_time.seconds_per_turn(start, (4, 12)) == 0.25
     assert ran == [4, 12] * 4
 
 

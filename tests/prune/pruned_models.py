@@ -12,6 +12,7 @@ from small_models import SIZES
 from jaxopt_models import tree
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import init
+from jaxopt_models.prune.importance import Importance
 from jaxopt_models.prune.masks import Masks, keep_all
 
 # Three layers, and two query heads for each of two key-value groups.
@@ -98,3 +99,20 @@ def masks_of(name: str, axes: tuple[str, ...], seed: int = 0) -> Masks:
             ),
         )
     return masks
+
+
+def random_importance(name: str, seed: int = 0) -> Importance:
+    rng = np.random.default_rng(seed)
+    ones = keep_all(CONFIGS[name], params_of(name))
+
+    def scores(mask) -> Any:
+        return None if mask is None else jnp.asarray(rng.random(mask.shape), jnp.float32)
+
+    return Importance(
+        hidden=jnp.asarray(rng.random(ones.hidden.shape), jnp.float32),
+        layers=jnp.asarray(rng.random(ones.layers.shape), jnp.float32),
+        heads=tuple(map(scores, ones.heads)),
+        neurons=tuple(map(scores, ones.neurons)),
+        experts=tuple(map(scores, ones.experts)),
+        expert_tokens=tuple(None for _ in ones.experts),
+    )

@@ -12,6 +12,8 @@ from pruned_models import CONFIGS
 
 from jaxopt_models import Model, export_hf, init, load
 from jaxopt_models.checkpoint.native import read_metadata
+from jaxopt_models.errors import UserError
+from jaxopt_models.prune.cut import Cutter
 from jaxopt_models.prune.settings import PruneSettings
 from jaxopt_models.train import run as training
 from jaxopt_models.train.settings import RunSettings
@@ -37,13 +39,20 @@ def files(tmp_path_factory, byte_tokenizer) -> Path:
     return directory
 
 
-def test_what_was_pruned_is_reported_loaded_exported_quantized_and_taught(run, files, tmp_path):
+def test_what_was_pruned_is_reported_loaded_exported_quantized_and_taught(
+    run, files, tmp_path, monkeypatch
+):
     out, report = tmp_path / "out", tmp_path / "report"
     given = files / "model", "--config", files / "prune.yaml"
-    code, printed, _ = run(
-        "prune", *given, "--out", out, "--json", tmp_path / "a.json", "--report", report
-    )
-    assert code == 0
+    to = "--out", out, "--json", tmp_path / "a.json", "--report", report
+    lesson = "--set", "search.distill={steps: 1, batch: 2}"
+    with monkeypatch.context() as patch:  # the disk is full, say, when all but the last is done
+        patch.setattr(Cutter, "reference", _full)
+        code, _, error = run("prune", *given, *lesson, *to)
+    partial = tmp_path / "out.partial"
+    assert code == 2 and error.endswith("no space\n") and partial.is_dir() and not out.exists()
+    code, printed, _ = run("prune", *given, *lesson, *to)
+    assert code == 0 and not partial.exists() and "KL, taught" in printed
     said = json.loads((report / "report.json").read_text())
     assert said == json.loads((tmp_path / "a.json").read_text())
     assert said == read_metadata(out)["report"]
@@ -58,7 +67,7 @@ def test_what_was_pruned_is_reported_loaded_exported_quantized_and_taught(run, f
     assert {"kl", "cost", "windows", "dropped"} <= table[0].keys()
     assert (report / "candidates.png").stat().st_size > 1000
     again = PruneSettings.model_validate(read_metadata(out)["recipe"])
-    assert again == PruneSettings.load(files / "prune.yaml")
+    assert again == PruneSettings.load(files / "prune.yaml", lesson[1:])
 
     small = load(out)
     assert sum(x.size for x in jax.tree.leaves(small.params)) == after
@@ -72,6 +81,10 @@ def test_what_was_pruned_is_reported_loaded_exported_quantized_and_taught(run, f
     result = training.train("distill", settings, tmp_path / "taught")
     assert result.log[-1]["kl"] > 0
     assert load(tmp_path / "taught" / "model").config == small.config
+
+
+def _full(cutter):
+    raise UserError("no space")
 
 
 @pytest.mark.parametrize(

@@ -5,37 +5,17 @@ import itertools
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from pruned_models import CONFIGS, params_of, tokens
+from pruned_models import CONFIGS, params_of, random_importance, tokens
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
 from jaxopt_models.prune.candidates import BASELINE, Candidate, candidates, explicit
 from jaxopt_models.prune.choose import Target
 from jaxopt_models.prune.damage import Damage, damage
-from jaxopt_models.prune.importance import Importance
-from jaxopt_models.prune.masks import keep_all
 from jaxopt_models.prune.search import Scored, frontier, halve, rounds
 from jaxopt_models.prune.sizes import Prices, cost_of, grids, sizes_of
 from jaxopt_models.prune.slicing import slice_model
-
-
-def _random_importance(name: str, seed: int = 0) -> Importance:
-    rng = np.random.default_rng(seed)
-    ones = keep_all(CONFIGS[name], params_of(name))
-
-    def scores(mask) -> Any:
-        return None if mask is None else jnp.asarray(rng.random(mask.shape), jnp.float32)
-
-    return Importance(
-        hidden=jnp.asarray(rng.random(ones.hidden.shape), jnp.float32),
-        layers=jnp.asarray(rng.random(ones.layers.shape), jnp.float32),
-        heads=tuple(map(scores, ones.heads)),
-        neurons=tuple(map(scores, ones.neurons)),
-        experts=tuple(map(scores, ones.experts)),
-        expert_tokens=tuple(None for _ in ones.experts),
-    )
 
 
 def _half(params):
@@ -57,7 +37,7 @@ def test_costs_are_those_of_the_sliced_model(name, unit):
     sizes = {axis: kept.get(axis, size) for axis, size in whole.items()}
     target = Target(**{a: n for a, n in sizes.items() if a != "layers"})
     for dropped in [(), (0,), (1, 2)]:
-        masks = Candidate("x", target, dropped, 0).masks(_random_importance(name))
+        masks = Candidate("x", target, dropped, 0).masks(random_importance(name))
         _, cut = slice_model(config, params, masks, uniform=True)
         assert prices.of_sizes(sizes, dropped) == cost_of(cut, unit)
 
@@ -70,11 +50,11 @@ def test_candidates_fit_and_could_not_keep_a_step_more(name, share):
     axes: list[Any] = [axis for axis in whole if axis != "groups"]
     numbers = grids(config, whole, axes, least=0.3, multiple=2)
     budget = int(share * cost_of(params, "parameters"))
-    found = candidates(prices, numbers, _random_importance(name), budget, count=12, seed=3)
+    found = candidates(prices, numbers, random_importance(name), budget, count=12, seed=3)
     assert found[0].name == BASELINE and len({one.name for one in found}) == len(found)
     assert len({(one.target, one.dropped) for one in found}) == len(found) >= 5
-    assert found == candidates(prices, numbers, _random_importance(name), budget, 12, seed=3)
-    other = candidates(prices, numbers, _random_importance(name), budget, 12, seed=4)
+    assert found == candidates(prices, numbers, random_importance(name), budget, 12, seed=3)
+    other = candidates(prices, numbers, random_importance(name), budget, 12, seed=4)
     assert share > 0.8 or found != other  # with little to remove, both find all there are
     for one in found:
         given: Any = {a: getattr(one.target, a) or size for a, size in whole.items()}
@@ -92,7 +72,7 @@ def test_candidates_fit_and_could_not_keep_a_step_more(name, share):
 def test_depth_alone_tries_every_run_of_layers():
     config, params = CONFIGS["tied"], params_of("tied")
     prices, whole = Prices.of(config, params, "parameters"), sizes_of(config, params)
-    scores = dataclasses.replace(_random_importance("tied"), layers=jnp.asarray([0.2, 0.9, 0.1]))
+    scores = dataclasses.replace(random_importance("tied"), layers=jnp.asarray([0.2, 0.9, 0.1]))
     numbers = grids(config, whole, ["layers"], least=0.3, multiple=1)
     one_layer = (
         cost_of(params, "parameters") - prices.of_sizes({**whole, "layers": 2}, (0,))
@@ -119,7 +99,7 @@ def test_rounds_halve_candidates_and_double_text():
 
 def test_halving_finds_the_best_and_keeps_the_baseline():
     config, params = CONFIGS["tied"], params_of("tied")
-    scores, text = _random_importance("tied"), [tokens(2, seed=i) for i in range(4)]
+    scores, text = random_importance("tied"), [tokens(2, seed=i) for i in range(4)]
     # Layer 1 adds nothing, so to be without it costs nothing; neurons of layer 1 alike.
     idle = tree.map_with_path(
         lambda path, x: x * 0 if path.startswith("layers/1/") and x.ndim == 2 else x, params
@@ -143,7 +123,7 @@ def test_halving_finds_the_best_and_keeps_the_baseline():
 
 def test_parameters_that_go_with_a_width_are_used_for_it():
     config, params, text = CONFIGS["tied"], params_of("tied"), [tokens(2)]
-    scores, asked = _random_importance("tied"), []
+    scores, asked = random_importance("tied"), []
     given = [Candidate("a", Target(hidden=20), (), 0), Candidate("b", Target(neurons=24), (), 0)]
     louder = tree.replace(params, {"norm/weight": params["norm"]["weight"] * 1.5})
 
@@ -176,11 +156,11 @@ def test_the_frontier_is_what_nothing_beats():
 def test_budgets_without_candidates_are_refused():
     config, params = CONFIGS["tied"], params_of("tied")
     prices, whole = Prices.of(config, params, "parameters"), sizes_of(config, params)
-    numbers, scores = grids(config, whole, ["layers"], 0.5, 1), _random_importance("tied")
+    numbers, scores = grids(config, whole, ["layers"], 0.5, 1), random_importance("tied")
     total = cost_of(params, "parameters")
-    with pytest.raises(UserError, match=f"has {total} already"):
+    with pytest.raises(UserError, match=f"has {total} parameters already"):
         candidates(prices, numbers, scores, total, 1)
-    with pytest.raises(UserError, match="the smallest candidate has .* and the budget is 10"):
+    with pytest.raises(UserError, match="the smallest candidate has .* and the budget is 10 p"):
         candidates(prices, numbers, scores, 10, 1)
     with pytest.raises(UserError, match="no experts to remove; choose among layers, hidden"):
         grids(config, whole, ["experts"], 0.5, 1)

@@ -2,8 +2,9 @@
 
     minimise  Σ_g score[g, x_g]    so that    Σ_g cost[g, x_g] <= capacity
 
-This is the multiple-choice knapsack problem, solved as a mixed-integer linear program. Costs are
-integers (bits, bytes, nanoseconds), so that "within the budget" has no rounding in it.
+and, if there are options that few groups may take, so that no more than so many do. This is the
+multiple-choice knapsack problem, solved as a mixed-integer linear program. Costs are integers
+(bits, bytes, nanoseconds), so that "within the budget" has no rounding in it.
 """
 
 import math
@@ -21,18 +22,28 @@ _OBJECTIVE = 1e6
 
 @dataclass(frozen=True)
 class Priced:
-    """An option's score, float, and cost, integer; less is better in both."""
+    """An option's score, float, and cost, integer; less is better in both.
+
+    A `rare` one is of those that few groups may take.
+    """
 
     score: float
     cost: int
+    rare: bool = False
 
 
-def smallest(groups: Sequence[Sequence[Priced]]) -> int:
-    """The least capacity for which there is a choice."""
-    return sum(min(option.cost for option in options) for options in groups)
+def smallest(groups: Sequence[Sequence[Priced]], rare: int | None = None) -> int:
+    """The least capacity for which there is a choice with no more than so many rare options, of
+    which no group may have others alone; None does not count them."""
+    least = [min(option.cost for option in options) for options in groups]
+    if rare is None:
+        return sum(least)
+    common = [min(o.cost for o in options if not o.rare) for options in groups]
+    saved = sorted((own - low for own, low in zip(common, least, strict=True)), reverse=True)
+    return sum(common) - sum(saved[:rare])
 
 
-def choose(groups: Sequence[Sequence[Priced]], capacity: int) -> list[int]:
+def choose(groups: Sequence[Sequence[Priced]], capacity: int, rare: int | None = None) -> list[int]:
     """The place of the chosen option in each group.
 
     Of options with equal scores the cheaper is taken, of equal ones the first. Equal inputs give
@@ -40,16 +51,19 @@ def choose(groups: Sequence[Sequence[Priced]], capacity: int) -> list[int]:
 
     Args:
       groups: the options of each group, at least one.
-      capacity: upper bound of the total cost, inclusive; at least `smallest(groups)`.
+      capacity: upper bound of the total cost, inclusive; at least `smallest(groups, rare)`.
+      rare: how many groups may take a rare option; each has others then. None is all.
 
     Reference: Sinha & Zoltners 1979, doi:10.1287/opre.27.3.503.
     """
+    if capacity < smallest(groups, rare):
+        raise ValueError(
+            f"capacity {capacity} is below the smallest possible {smallest(groups, rare)}"
+        )
     spare = capacity - smallest(groups)
-    if spare < 0:
-        raise ValueError(f"capacity {capacity} is below the smallest possible {smallest(groups)}")
     items = [item for g, options in enumerate(groups) for item in _items(g, options, spare)]
     picks = [0] * len(groups)
-    for i in _solve(items, spare):
+    for i in _solve(items, len(groups), spare, len(groups) if rare is None else rare):
         picks[items[i].group] = items[i].place
     return picks
 
@@ -61,27 +75,34 @@ class _Item(NamedTuple):
     place: int
     cost: int
     score: float
+    rare: bool
 
 
 def _items(group: int, options: Sequence[Priced], spare: int) -> list[_Item]:
-    """The affordable options that none beats in one respect and equals in the other, by cost."""
+    """The affordable options that no other is at least as good as in every respect, by cost."""
     order = sorted(range(len(options)), key=lambda i: (options[i].cost, options[i].score, i))
     least = options[order[0]].cost
     kept: list[int] = []
     for place in order:
-        better = not kept or options[place].score < options[kept[-1]].score
-        if better and options[place].cost - least <= spare:
+        own = options[place]
+        beaten = any(
+            o.score <= own.score and o.rare <= own.rare for o in map(options.__getitem__, kept)
+        )
+        if not beaten and own.cost - least <= spare:
             kept.append(place)
-    best = options[kept[-1]].score
-    return [_Item(group, i, options[i].cost - least, options[i].score - best) for i in kept]
+    best = min(options[i].score for i in kept)
+    return [
+        _Item(group, i, options[i].cost - least, options[i].score - best, options[i].rare)
+        for i in kept
+    ]
 
 
-def _solve(items: Sequence[_Item], spare: int) -> list[int]:
+def _solve(items: Sequence[_Item], groups: int, spare: int, rare: int) -> list[int]:
     """Places of the chosen items, one of each group."""
     count, places = len(items), np.arange(len(items))
-    total = sum(item.score for item in items)
-    if total == 0:
+    if count == groups:
         return places.tolist()  # no group has two options left
+    total = sum(item.score for item in items) or 1.0
     # Their common divisor makes most costs small numbers, which scales the constraint well.
     unit = math.gcd(*(item.cost for item in items)) or 1
     costs, room = [item.cost // unit for item in items], spare // unit
@@ -89,6 +110,7 @@ def _solve(items: Sequence[_Item], spare: int) -> list[int]:
     constraints = [
         LinearConstraint(one_each, 1, 1),
         LinearConstraint(np.asarray(costs, np.float64)[None], -np.inf, float(room)),
+        LinearConstraint(np.asarray([[float(item.rare) for item in items]]), -np.inf, float(rare)),
     ]
     while True:
         result = milp(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxopt_models.quantize.budget import Priced, choose, smallest
+from jaxopt_models.knapsack import Priced, choose, smallest
 
 GROUPS = st.lists(
     st.lists(st.builds(Priced, st.floats(0, 1e3), st.integers(0, 10**9)), min_size=1, max_size=4),
@@ -107,3 +107,22 @@ def test_less_than_the_smallest_is_refused():
     assert choose(groups, 8) == [0, 0]
     with pytest.raises(ValueError, match="below the smallest possible 8"):
         choose(groups, 7)
+
+
+def test_no_choice_with_so_few_rare_options_is_better():
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        groups = [
+            [Priced(float(rng.integers(5)), int(rng.integers(9)), i == 1) for i in range(3)]
+            for _ in range(4)
+        ]
+        rare, room = int(rng.integers(4)), int(rng.integers(6))
+        capacity = smallest(groups, rare) + room
+        picks = choose(groups, capacity, rare)
+        score, cost = totals(groups, picks)
+        assert cost <= capacity and picks.count(1) <= rare
+        each = itertools.product(range(3), repeat=4)
+        sums = (totals(groups, one) for one in each if one.count(1) <= rare)
+        assert score == min(total for total, cost in sums if cost <= capacity)
+        with pytest.raises(ValueError, match="below the smallest possible"):
+            choose(groups, smallest(groups, rare) - 1, rare)
