@@ -28,6 +28,10 @@ def bench_speculative(
         list[str] | None,
         typer.Option(help="WIDTH,DEPTH,NODES, that heads grow, too; may be repeated."),
     ] = None,
+    draft_levels: Annotated[
+        list[str] | None,
+        typer.Option(help="0,1,3,7: as many of these as pay, too; may be repeated."),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts at a time; may be repeated; else 1.")
     ] = None,
@@ -51,7 +55,7 @@ def bench_speculative(
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
     from jaxopt_models.speculative import Drafter, Eagle3, Medusa
-    from jaxopt_models.speculative.named import as_tree, load_drafter
+    from jaxopt_models.speculative.named import as_adaptive, as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
@@ -68,6 +72,11 @@ def bench_speculative(
         f"{name}, tree {shape}": as_tree(head, shape)
         for name, head in heads.items()
         for shape in draft_tree or ()
+    }
+    drafters |= {
+        f"{name}, levels {levels}": as_adaptive(drafter, levels)
+        for name, drafter in named.items()
+        for levels in draft_levels or ()
     }
     settings = [
         speculative.Setting(size, warmth, new_tokens)

@@ -49,17 +49,24 @@ class Setting:
 @dataclass(frozen=True)
 class _Run:
     """New tokens of each prompt; passes of the model in which it was alive, and in how many of them
-    each guess was accepted, int [P] and [P, K]; passes that its batch took, int [P]; seconds."""
+    each guess was accepted, int [P] and [P, K]; passes that its batch took, int [P]; seconds, and
+    those of them behind the prompts' passes."""
 
     tokens: list[list[int]]
     passes: np.ndarray
     accepted: np.ndarray
     rounds: np.ndarray
     seconds: float
+    behind_prompts: float
 
     @property
     def tokens_per_s(self) -> float:
         return sum(map(len, self.tokens)) / self.seconds
+
+    @property
+    def seconds_per_pass(self) -> float:
+        """Of a row, the prompt's aside: those of a batch count for each."""
+        return self.behind_prompts / max(int(self.rounds.sum()), 1)
 
 
 def bench_speculative(
@@ -84,10 +91,11 @@ def bench_speculative(
 
     Returns:
       `{rows, choices, device, versions, date}`. A row is `{drafter, K, tree, temperature, batch,
-      prompts, new_tokens, acceptance_length, accepted, straggling, tokens_per_s,
+      prompts, new_tokens, acceptance_length, accepted, straggling, pass_cost, tokens_per_s,
       plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a chain; tokens
       that a pass gives, on average over all; of each place of a guess, the share of passes that
-      accept it and all before; the share of a batch's passes in which a row was done already;
+      accept it and all before; the share of a batch's passes in which a row was done already; time
+      of a pass in passes of plain generation, which `speculative.Adaptive` takes as its costs;
       prompts whose tokens are not those of plain generation; and how many of these first differ
       where bfloat16 itself cannot tell two tokens apart (`greedy.Difference`; None where tokens are
       sampled or computed in float32). `choices` has for each setting the fastest, "off" included.
@@ -165,6 +173,7 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
         "acceptance_length": given / passes if passes else 1.0,
         "accepted": (run.accepted.sum(axis=0) / max(passes, 1)).tolist(),
         "straggling": 1.0 - passes / max(int(run.rounds.sum()), 1),
+        "pass_cost": run.seconds_per_pass / plain.seconds_per_pass,
         "tokens_per_s": run.tokens_per_s,
         "plain_tokens_per_s": plain.tokens_per_s,
         "ratio": run.tokens_per_s / plain.tokens_per_s,
@@ -200,7 +209,10 @@ def _run(
         np.concatenate([getattr(batch, name) for batch in batches])
         for name in ("passes", "accepted", "rounds")
     )
-    return _Run(tokens, passes, accepted, rounds, sum(batch.seconds for batch in batches))
+    seconds, behind = (
+        sum(getattr(batch, name) for batch in batches) for name in ("seconds", "behind_prompts")
+    )
+    return _Run(tokens, passes, accepted, rounds, seconds, behind)
 
 
 def _batch(
@@ -219,17 +231,19 @@ def _batch(
     begun = time.perf_counter()
     given = config, params, prompts, setting.new_tokens, sampler, stops
     if drafter is None:
-        decode, _ = start(*given, room)
+        decode, _ = jax.block_until_ready(start(*given, room))
+        ran = time.perf_counter()
         decode = jax.block_until_ready(decode_loop(config, params, decode, sampler, stops))
-        seconds = time.perf_counter() - begun
+        end = time.perf_counter()
         passes = np.asarray(decode.length) - [len(prompt) + 1 for prompt in prompts]
         accepted = np.zeros((size, 0), np.int32)
     else:
-        state = begin(*given, drafter, room)
+        state = jax.block_until_ready(begin(*given, drafter, room))
+        ran = time.perf_counter()
         state = jax.block_until_ready(speculate(config, params, state, drafter, sampler, stops))
-        seconds = time.perf_counter() - begun
+        end = time.perf_counter()
         decode = state.decode
         passes, accepted = np.asarray(state.passes), np.asarray(state.accepted)
     rounds = np.full(size, passes.max())
     new = new_tokens(decode, [len(prompt) for prompt in prompts])
-    return _Run(new, passes, accepted, rounds, seconds)
+    return _Run(new, passes, accepted, rounds, end - begun, end - ran)

@@ -4,6 +4,7 @@ generate(config, params, prompts, draft=NGram())
 generate(config, params, prompts, draft=DraftModel(small.config, small.params, count=4))
 """
 
+from jaxopt_models.speculative.adaptive import Adaptive
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
@@ -15,6 +16,7 @@ from jaxopt_models.speculative.ngram import NGram
 from jaxopt_models.speculative.tree import Guess
 
 __all__ = [
+    "Adaptive",
     "DraftModel",
     "Drafter",
     "Eagle3",

@@ -33,6 +33,7 @@ from jaxopt_models.models.cached import decode_step_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.sampling import Sampler
+from jaxopt_models.speculative.adaptive import Adaptive, run_adapted
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
 from jaxopt_models.speculative.tree import Topology, chain, follow
 
@@ -123,38 +124,41 @@ def speculate(
       passes: of the model, at most.
     """
 
-    def step(state: SpeculativeState) -> SpeculativeState:
+    def one_pass(own: Drafter, state: SpeculativeState) -> SpeculativeState:
         decode, active = state.decode, ~state.decode.done
         # Tied to the state, so that XLA hoists no dequantized weights out of the loop.
-        weights, own, length = jax.lax.optimization_barrier((params, drafter, decode.length))
+        weights, own, length = jax.lax.optimization_barrier((params, own, decode.length))
         seen = Seen(decode.tokens, length, state.features, state.count)
         guess, draft = own.propose(Target(config, weights), state.draft, seen, sampler)
-        tree = guess.topology or chain(drafter.count)
+        tree = guess.topology or chain(own.count)
         first = length - 1
         places = first[:, None] + tree.depth
         last = jnp.take_along_axis(decode.tokens, first[:, None], axis=1)
         fed = jnp.concatenate([last, guess.tokens], axis=1)
         branches = None if guess.topology is None else _branches(first, tree)
         logits, cache, features = decode_step_with_features(
-            config, weights, fed, places, decode.cache, drafter.layers, branches
+            config, weights, fed, places, decode.cache, own.layers, branches
         )
         chosen = sampler(logits, places + 1)
-        path, right = follow(guess.tokens, tree, chosen, drafter.depth)
+        path, right = follow(guess.tokens, tree, chosen, own.depth)
         if branches is not None:
             cache = _compacted(cache, first, path, right)
             chosen = jnp.take_along_axis(chosen, path, axis=1)
             features = jnp.take_along_axis(features, path[:, :, None], axis=1)
-        reached = jnp.arange(drafter.depth, dtype=jnp.int32)[None] < right[:, None]
+        most = state.features.shape[1] - 1  # of any pass; this one may guess fewer
+        reached = jnp.arange(most, dtype=jnp.int32)[None] < right[:, None]
         return SpeculativeState(
             decode=commit(replace(decode, cache=cache), chosen, right + 1, stops),
             draft=draft,
-            features=features,
+            features=jnp.pad(features, ((0, 0), (0, most - own.depth), (0, 0))),
             count=right + 1,
             passes=state.passes + active.astype(jnp.int32),
             accepted=state.accepted + (reached & active[:, None]).astype(jnp.int32),
         )
 
-    return run_passes(step, state, lambda state: state.decode.done, passes)
+    if isinstance(drafter, Adaptive):
+        return run_adapted(drafter, one_pass, state, passes)
+    return run_passes(partial(one_pass, drafter), state, lambda state: state.decode.done, passes)
 
 
 def _branches(first: jax.Array, tree: Topology) -> Branches:

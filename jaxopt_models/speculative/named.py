@@ -5,6 +5,7 @@ from jaxopt_models.checkpoint.load import load
 from jaxopt_models.errors import UserError
 from jaxopt_models.inference import for_device
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.speculative.adaptive import Adaptive
 from jaxopt_models.speculative.draft import Drafter
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
@@ -53,3 +54,22 @@ def as_tree(drafter: Drafter, shape: str) -> TreeDrafter:
     except ValueError:
         raise UserError(f"{shape!r} is no tree; say WIDTH,DEPTH,NODES, such as 8,6,32") from None
     return TreeDrafter(drafter, width, depth, count)
+
+
+def as_adaptive(drafter: Drafter, levels: str) -> Adaptive:
+    """A drafter that guesses as many tokens as pay: "0,1,3,7", or with what a pass costs at each,
+    "0:1,1:1.1,3:1.2,7:1.5", see `Adaptive`.
+
+    Raises:
+      UserError: for other text, or levels that cannot be.
+    """
+    parts = [part.partition(":") for part in levels.split(",")]
+    try:
+        numbers = tuple(int(level) for level, _, _ in parts)
+        costs = tuple(float(cost) for _, colon, cost in parts if colon)
+    except ValueError:
+        raise UserError(
+            f"{levels!r} are no levels; say numbers of guesses such as 0,1,3,7, or with what a "
+            "pass costs at each, such as 0:1,1:1.1,3:1.2,7:1.5"
+        ) from None
+    return Adaptive(drafter, numbers, costs or None)
