@@ -10,6 +10,7 @@ import typer
 from jaxopt_models import report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.errors import UserError
+from jaxopt_models.speculative.verify import VerificationName
 
 
 def bench_speculative(
@@ -38,6 +39,9 @@ def bench_speculative(
     temperature: Annotated[
         list[float] | None, typer.Option(min=0, help="May be repeated; else 0, which is greedy.")
     ] = None,
+    draft_verification: Annotated[
+        VerificationName, typer.Option(help="coupled, or rejection, which samples other tokens.")
+    ] = "coupled",
     new_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt at most.")] = 128,
     count: Annotated[
         int | None, typer.Option(min=1, help="First prompts that are taken; else all.")
@@ -79,7 +83,7 @@ def bench_speculative(
         for levels in draft_levels or ()
     }
     settings = [
-        speculative.Setting(size, warmth, new_tokens)
+        speculative.Setting(size, warmth, new_tokens, draft_verification)
         for size, warmth in product(batch or [1], temperature or [0.0])
     ]
     speculative.bench_speculative(

@@ -10,6 +10,7 @@ from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.speculative.named import as_adaptive, as_tree, load_drafter
+from jaxopt_models.speculative.verify import VerificationName
 
 
 def generate(
@@ -40,6 +41,10 @@ def generate(
         str | None,
         typer.Option(help="0,1,3,7: as many of these as pay; 3:1.2 says what a pass with 3 costs."),
     ] = None,
+    draft_verification: Annotated[
+        VerificationName,
+        typer.Option(help="coupled keeps plain generation's tokens; rejection their distribution."),
+    ] = "coupled",
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt."""
@@ -50,6 +55,8 @@ def generate(
     from jaxopt_models.generate import Options
     from jaxopt_models.inference import for_device
 
+    if draft is None and draft_verification != "coupled":
+        raise UserError("--draft-verification is of guesses; say whose with --draft")
     shapes = [one for one in (draft_tokens, draft_tree, draft_levels) if one is not None]
     if shapes and draft is None:
         raise UserError(
@@ -68,6 +75,7 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         key=jax.random.key(seed),
+        verification=draft_verification,
         draft=_drafter(draft, loaded.config, draft_tokens, draft_tree, draft_levels, dtype),
     )
     if stream:

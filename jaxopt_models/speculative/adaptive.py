@@ -65,7 +65,7 @@ class Rates:
 class Adaptive:
     """A drafter that guesses as many tokens as pay.
 
-    The tokens are the same as with any number. Of a tree the shape stays as it is.
+    Verified coupled, the tokens are the same as with any number.
 
     Attributes:
       drafter: what guesses, a chain of any `count`.
@@ -87,7 +87,8 @@ class Adaptive:
                 "0, 1, 3, 7"
             )
         costs = self.costs
-        if costs is not None and (len(costs) != len(self.levels) or min(costs) <= 0):
+        positive = all(0 < cost < float("inf") for cost in costs or ())
+        if costs is not None and (len(costs) != len(self.levels) or not positive):
             raise UserError(
                 f"costs {list(costs)} are not {len(self.levels)} positive numbers, one for each of "
                 f"the levels {list(self.levels)}"
@@ -228,11 +229,19 @@ class _Quiet:
     def check(self, config: ModelConfig) -> None:
         self.drafter.check(config)
 
-    def begin(self, *given: Any) -> Any:
-        return self.drafter.begin(*given)
+    def begin(
+        self,
+        target: Target,
+        prompts: jax.Array,
+        lengths: jax.Array,
+        features: jax.Array,
+        capacity: int,
+    ) -> Any:
+        return self.drafter.begin(target, prompts, lengths, features, capacity)
 
     def propose(
         self, target: Target, state: Any, seen: Seen, sampler: Sampler
     ) -> tuple[Guess, Any]:
         guess, state = self.drafter.propose(target, state, seen, sampler)
-        return Guess(guess.tokens[:, :0]), state
+        none = None if guess.logits is None else guess.logits[:, :0]
+        return Guess(guess.tokens[:, :0], logits=none), state

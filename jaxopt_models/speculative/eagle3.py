@@ -96,18 +96,22 @@ class Eagle3:
         the features."""
         x, cache = caught_up(self, target, state, seen)
         place = (seen.length - 1)[:, None]  # of the next index
-        first = choose(self, target, sampler, x, place + 1)
+        said = head_logits(self, x)
+        first = choose(self, target, sampler, said, place + 1)
 
         def step(carry: tuple[jax.Array, jax.Array, LayerCache], ahead: jax.Array) -> Any:
             x, token, cache = carry
             at = place + ahead
             x, cache = cached_layer(self, x, embeddings(self, target, token), at, cache)
-            chosen = choose(self, target, sampler, x, at + 2)
-            return (x, chosen, cache), chosen[:, 0]
+            said = head_logits(self, x)
+            chosen = choose(self, target, sampler, said, at + 2)
+            return (x, chosen, cache), (chosen[:, 0], said[:, 0])
 
         ahead = jnp.arange(self.count - 1, dtype=jnp.int32)
-        (_, _, cache), more = lax.scan(step, (x, first, cache), ahead)
-        return Guess(jnp.concatenate([first, more.T], axis=1)), (cache,)
+        (_, _, cache), (more, behind) = lax.scan(step, (x, first, cache), ahead)
+        said = jnp.concatenate([said, jnp.swapaxes(behind, 0, 1)], axis=1)
+        tokens = jnp.concatenate([first, more.T], axis=1)
+        return Guess(tokens, logits=in_the_model_s(self, target, said)), (cache,)
 
     @property
     def vocabulary(self) -> jax.Array:
@@ -132,7 +136,7 @@ class Eagle3:
                 embedded = embeddings(self, target, self.vocabulary[token])
                 branch = branch.continued(self, level, embedded, above, seen.length - 1)
             places = jnp.broadcast_to((seen.length + level)[:, None], branch.x.shape[:2])
-            own = scores(self, target, sampler, branch.x, places)
+            own = scores(self, target, sampler, head_logits(self, branch.x), places)
             return jax.nn.log_softmax(own, axis=-1)
 
         return continued, (cache,)
@@ -227,25 +231,29 @@ def caught_up(
     return jnp.take_along_axis(x, (seen.count - 1)[:, None, None], axis=1), cache
 
 
+def in_the_model_s(head: Eagle3, target: Target, said: jax.Array) -> jax.Array:
+    """Logits [B, T, V] of the head's vocabulary, among those of the model's; -inf of the rest."""
+    wide = jnp.full((*said.shape[:2], target.config.vocab_size), -jnp.inf)
+    return wide.at[:, :, head.vocabulary].set(said)
+
+
 def scores(
-    head: Eagle3, target: Target, sampler: Sampler, x: jax.Array, positions: jax.Array
+    head: Eagle3, target: Target, sampler: Sampler, said: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """What is largest of the token that the head would choose, float32 [B, T, V], of its own
-    vocabulary: with the noise of the model's tokens, that both may take the same."""
-    own = head_logits(head, x)
+    """What is largest of the token that the head would choose, float32 [B, T, V] for logits of as
+    many, of its own vocabulary: with the noise of the model's tokens, that both may take the
+    same."""
     if not sampler.stochastic:
-        return own
-    vocabulary = head.params["vocabulary"]
-    wide = jnp.full((*own.shape[:2], target.config.vocab_size), -jnp.inf)
-    return sampler.scores(wide.at[:, :, vocabulary].set(own), positions)[:, :, vocabulary]
+        return said
+    return sampler.scores(in_the_model_s(head, target, said), positions)[:, :, head.vocabulary]
 
 
 def choose(
-    head: Eagle3, target: Target, sampler: Sampler, x: jax.Array, positions: jax.Array
+    head: Eagle3, target: Target, sampler: Sampler, said: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """The model's tokens int32 [B, T] that the head would say at these positions."""
-    best = jnp.argmax(scores(head, target, sampler, x, positions), axis=-1)
-    return head.params["vocabulary"][best]
+    """The model's tokens int32 [B, T] that the head takes at these positions, by its logits."""
+    best = jnp.argmax(scores(head, target, sampler, said, positions), axis=-1)
+    return head.vocabulary[best]
 
 
 def _norm(config: ModelConfig, module: Any, x: jax.Array) -> jax.Array:
