@@ -58,7 +58,7 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import Drafter, Eagle3, Medusa
+    from jaxopt_models.speculative import Drafter, Eagle3, Medusa, Mtp
     from jaxopt_models.speculative.named import as_adaptive, as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
@@ -69,9 +69,9 @@ def bench_speculative(
         for name, drafter in named.items()
         for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, Medusa) else (4, 8))
     }
-    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | Medusa)}
+    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | Medusa | Mtp)}
     if draft_tree and not heads:
-        raise UserError("--draft-tree is of EAGLE-3 or Medusa heads; name some with --draft")
+        raise UserError("--draft-tree is of EAGLE-3, MTP or Medusa heads; name some with --draft")
     drafters |= {
         f"{name}, tree {shape}": as_tree(head, shape)
         for name, head in heads.items()

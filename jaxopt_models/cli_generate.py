@@ -26,12 +26,12 @@ def generate(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="What guesses: ngram, an EAGLE-3 head, or a model of the same vocabulary."
+            help="What guesses: ngram, an EAGLE-3, MTP or Medusa head, or a smaller model."
         ),
     ] = None,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a guess; else ngram 8, a head 5, a model 4."),
+        typer.Option(min=1, help="Of a guess; else ngram 8, EAGLE-3 5, MTP 3, a model 4."),
     ] = None,
     draft_tree: Annotated[
         str | None,

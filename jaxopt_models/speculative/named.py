@@ -13,17 +13,19 @@ from jaxopt_models.speculative.eagle3_files import is_eagle3, read_eagle3
 from jaxopt_models.speculative.growth import TreeDrafter
 from jaxopt_models.speculative.medusa import Medusa
 from jaxopt_models.speculative.medusa_files import is_medusa, read_medusa
+from jaxopt_models.speculative.mtp import Mtp
+from jaxopt_models.speculative.mtp_files import is_mtp, read_mtp
 from jaxopt_models.speculative.ngram import NGram
 
 
 def load_drafter(
     name: str, target: ModelConfig, dtype: str | None = None
-) -> NGram | DraftModel | Eagle3 | Medusa:
+) -> NGram | DraftModel | Eagle3 | Medusa | Mtp:
     """What guesses, with as many tokens of a guess as its kind has by default.
 
     Args:
-      name: "ngram", the directory of an EAGLE-3 head or of Medusa heads, or a model as `load` takes
-        it.
+      name: "ngram", the directory of an EAGLE-3 or MTP head or of Medusa heads, or a model as
+        `load` takes it.
       target: the model that it is to guess for.
       dtype: of the activations of a head or a model; None is the model's, or the checkpoint's.
 
@@ -37,6 +39,8 @@ def load_drafter(
         return read_eagle3(found, target, dtype=dtype or target.dtype)
     if is_medusa(found):
         return read_medusa(found, target, dtype=dtype or target.dtype)
+    if is_mtp(found):
+        return read_mtp(found, target, dtype=dtype or target.dtype)
     loaded = load(name, dtype=dtype)
     return DraftModel(loaded.config, for_device(loaded.config, loaded.params))
 
@@ -47,8 +51,10 @@ def as_tree(drafter: Drafter, shape: str) -> TreeDrafter:
     Raises:
       UserError: for another drafter, or a shape that cannot be.
     """
-    if not isinstance(drafter, Eagle3 | Medusa):
-        raise UserError(f"a tree {shape!r} grows from EAGLE-3 or Medusa heads; give one as --draft")
+    if not isinstance(drafter, Eagle3 | Medusa | Mtp):
+        raise UserError(
+            f"a tree {shape!r} grows from EAGLE-3, MTP or Medusa heads; give one as --draft"
+        )
     try:
         width, depth, count = (int(number) for number in shape.split(","))
     except ValueError:

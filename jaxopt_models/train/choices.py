@@ -174,19 +174,20 @@ class TeacherCache(Strict):
 
 
 class DraftHead(Strict):
-    """What guesses for the model, see `speculative.eagle3` and `speculative.medusa`.
+    """What guesses for the model, see `speculative.eagle3`, `.mtp` and `.medusa`.
 
     Attributes:
-      kind: one head that is run for each token ahead, or Medusa heads, one of `steps` for each.
+      kind: one head that is run for each token ahead, EAGLE-3 or MTP, or Medusa heads, one of
+        `steps` for each.
       vocabulary: how many tokens it may say, those that the text has most of; None is all.
       layers: of the model, whose residual streams it reads; None is one early, middle and late.
       intermediate_size: of its feed-forward network; None is the model's.
       steps: ahead of the text that are trained; what each counts for, of the one before, is its
         `decay`.
-      count: tokens of a guess of an EAGLE-3 head, as it is saved.
+      count: tokens of a guess of an EAGLE-3 or MTP head, as it is saved.
     """
 
-    kind: Literal["eagle3", "medusa"] = "eagle3"
+    kind: Literal["eagle3", "medusa", "mtp"] = "eagle3"
     vocabulary: StrictInt | None = Field(default=None, ge=1)
     layers: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     intermediate_size: StrictInt | None = Field(default=None, ge=1)
@@ -196,10 +197,11 @@ class DraftHead(Strict):
 
     @model_validator(mode="after")
     def _options_of_its_kind(self) -> "DraftHead":
-        for name in ("vocabulary", "layers", "intermediate_size", "count"):
-            own = getattr(self, name) == type(self).model_fields[name].default
-            if self.kind == "medusa" and not own:
-                raise ValueError(f"{name!r} does not go with medusa; remove it")
+        others = ("vocabulary", "layers", "intermediate_size", "count")
+        unread = {"eagle3": (), "medusa": others, "mtp": others[:3]}
+        for name in unread[self.kind]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name!r} does not go with {self.kind}; remove it")
         return self
 
 

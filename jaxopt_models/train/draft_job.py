@@ -18,6 +18,8 @@ from jaxopt_models.speculative.eagle3_files import export_eagle3
 from jaxopt_models.speculative.eagle3_params import init_eagle3
 from jaxopt_models.speculative.medusa import Medusa, init_medusa
 from jaxopt_models.speculative.medusa_files import export_medusa
+from jaxopt_models.speculative.mtp import Mtp, init_mtp
+from jaxopt_models.speculative.mtp_files import export_mtp
 from jaxopt_models.train.choices import DraftHead
 from jaxopt_models.train.draft_objective import draft_loss
 from jaxopt_models.train.job import Job, step_of
@@ -39,7 +41,7 @@ def draft_job(
     *,
     overwrite: bool = False,
 ) -> Job:
-    """A head to train, which `out` is to hold as `export_eagle3` or `export_medusa` writes it.
+    """A head to train, which `out` is to hold as the export of its kind writes it.
 
     Args:
       model: that it guesses for, of leaves of any kind.
@@ -57,14 +59,16 @@ def draft_job(
     loss = draft_loss(config, head, settings.terms("draft"), **options)
     prepare = partial(computed, dtype=settings.dtype)
 
-    def finish(params: Any) -> Eagle3 | Medusa:
+    def finish(params: Any) -> Eagle3 | Medusa | Mtp:
         return replace(head, params=_rounded(params))
 
-    def write(one: Eagle3 | Medusa, report: Any) -> None:
+    def write(one: Eagle3 | Medusa | Mtp, report: Any) -> None:
         name = model.source and str(model.source)
         options: dict[str, Any] = {"dtype": _SAVED, "verifier": name, "overwrite": overwrite}
         if isinstance(one, Medusa):
             export_medusa(out, one, **options)
+        elif isinstance(one, Mtp):
+            export_mtp(out, one, model.config, **options)
         else:
             export_eagle3(out, one, model.config, **options)
 
@@ -79,10 +83,14 @@ def draft_job(
     )
 
 
-def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> Eagle3 | Medusa:
+def _new(
+    chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int
+) -> Eagle3 | Medusa | Mtp:
     """The head before training."""
     if chosen.kind == "medusa":
         return init_medusa(target, chosen.steps)
+    if chosen.kind == "mtp":
+        return init_mtp(target, jax.random.key(seed), chosen.count)
     count = target.config.num_layers
     if not all(0 <= i < count for i in chosen.layers or ()):
         raise UserError(
