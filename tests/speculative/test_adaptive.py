@@ -12,16 +12,19 @@ from small_models import LLAMA, PROMPTS
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.generate import generate, stream
-from jaxopt_models.models.cache import cache_bytes
+from jaxopt_models.models.cache import cache_bytes, empty_cache
+from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.transformer import abstract_params, init
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import (
     Adaptive,
     DraftModel,
     NGram,
+    Seen,
     Target,
     TreeDrafter,
     begin,
+    init_eagle3,
     init_medusa,
     speculate,
 )
@@ -132,6 +135,25 @@ def test_a_drafter_that_was_left_alone_has_kept_up():
     state = state.replace(draft=state.draft.replace(level=level))
     state = speculate(LLAMA, PARAMS, state, cheap, sampler, (), 5)
     assert state.draft.used.tolist() == [9, 5] and state.accepted.tolist() == [[5] * 3] * 2
+
+
+def test_a_head_that_was_left_alone_has_kept_up():
+    """It guesses as one that has seen the whole text at once."""
+    own, sampler = Target(LLAMA, PARAMS), make_sampler(2)
+    head = init_eagle3(own, jax.random.key(3), count=3)
+    draft = Adaptive(head, (0, 3), (1.0, 1e9))
+    state = begin(LLAMA, PARAMS, PROMPTS[:2], 40, sampler, (), draft)
+    state = speculate(LLAMA, PARAMS, state, draft, sampler, (), 5)
+    assert state.draft.used.tolist() == [5, 0]
+    tokens, length = state.decode.tokens, state.decode.length
+    seen = Seen(tokens, length, state.features, state.count)
+    guess, _ = head.propose(own, state.draft.draft, seen, sampler)
+    blank = empty_cache(LLAMA, PARAMS, 2, tokens.shape[1])
+    _, _, features = prefill_with_features(LLAMA, PARAMS, tokens, length - 1, blank, head.layers)
+    fresh = head.begin(own, tokens, length - 1, features, tokens.shape[1])
+    last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
+    anew = Seen(tokens, length, last, jnp.ones(2, jnp.int32))
+    assert guess.tokens.tolist() == head.propose(own, fresh, anew, sampler)[0].tokens.tolist()
 
 
 # Memory, and what is refused
