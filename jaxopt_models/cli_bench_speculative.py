@@ -10,6 +10,7 @@ import typer
 from jaxopt_models import report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.errors import UserError
+from jaxopt_models.speculative.verify import VerificationName
 
 
 def bench_speculative(
@@ -28,12 +29,19 @@ def bench_speculative(
         list[str] | None,
         typer.Option(help="WIDTH,DEPTH,NODES, that heads grow, too; may be repeated."),
     ] = None,
+    draft_levels: Annotated[
+        list[str] | None,
+        typer.Option(help="0,1,3,7: as many of these as pay, too; may be repeated."),
+    ] = None,
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts at a time; may be repeated; else 1.")
     ] = None,
     temperature: Annotated[
         list[float] | None, typer.Option(min=0, help="May be repeated; else 0, which is greedy.")
     ] = None,
+    draft_verification: Annotated[
+        VerificationName, typer.Option(help="coupled, or rejection, which samples other tokens.")
+    ] = "coupled",
     new_tokens: Annotated[int, typer.Option(min=1, help="Of a prompt at most.")] = 128,
     count: Annotated[
         int | None, typer.Option(min=1, help="First prompts that are taken; else all.")
@@ -50,8 +58,8 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import DFlash, Drafter, Eagle3, Medusa
-    from jaxopt_models.speculative.named import as_tree, load_drafter
+    from jaxopt_models.speculative import DFlash, Drafter, Medusa
+    from jaxopt_models.speculative.named import Head, as_adaptive, as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
@@ -62,16 +70,21 @@ def bench_speculative(
         for name, drafter in named.items()
         for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, at_once) else (4, 8))
     }
-    heads = {name: one for name, one in named.items() if isinstance(one, Eagle3 | at_once)}
+    heads = {name: one for name, one in named.items() if isinstance(one, Head)}
     if draft_tree and not heads:
-        raise UserError("--draft-tree is of EAGLE-3, Medusa or DFlash heads; give one as --draft")
+        raise UserError("--draft-tree is of draft heads, trained ones; give one as --draft")
     drafters |= {
         f"{name}, tree {shape}": as_tree(head, shape)
         for name, head in heads.items()
         for shape in draft_tree or ()
     }
+    drafters |= {
+        f"{name}, levels {levels}": as_adaptive(drafter, levels)
+        for name, drafter in named.items()
+        for levels in draft_levels or ()
+    }
     settings = [
-        speculative.Setting(size, warmth, new_tokens)
+        speculative.Setting(size, warmth, new_tokens, draft_verification)
         for size, warmth in product(batch or [1], temperature or [0.0])
     ]
     speculative.bench_speculative(

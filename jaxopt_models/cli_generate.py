@@ -9,7 +9,8 @@ from jaxopt_models import data, report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
-from jaxopt_models.speculative.named import as_tree, load_drafter
+from jaxopt_models.speculative.named import as_adaptive, as_tree, load_drafter
+from jaxopt_models.speculative.verify import VerificationName
 
 
 def generate(
@@ -30,12 +31,22 @@ def generate(
     ] = None,
     draft_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a guess; else ngram 8, a model 4, EAGLE-3 5, others all."),
+        typer.Option(
+            min=1, help="Of a guess; else ngram 8, a model 4, EAGLE-3 5, MTP 3, other heads all."
+        ),
     ] = None,
     draft_tree: Annotated[
         str | None,
         typer.Option(help="WIDTH,DEPTH,NODES of a tree that a head grows, such as 8,6,32."),
     ] = None,
+    draft_levels: Annotated[
+        str | None,
+        typer.Option(help="0,1,3,7: as many of these as pay; 3:1.2 says what a pass with 3 costs."),
+    ] = None,
+    draft_verification: Annotated[
+        VerificationName,
+        typer.Option(help="coupled keeps plain generation's tokens; rejection their distribution."),
+    ] = "coupled",
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
 ) -> None:
     """Continue a prompt."""
@@ -46,10 +57,15 @@ def generate(
     from jaxopt_models.generate import Options
     from jaxopt_models.inference import for_device
 
-    if draft is None and (draft_tokens is not None or draft_tree is not None):
-        raise UserError("--draft-tokens and --draft-tree are of a guess; say whose with --draft")
-    if draft_tokens is not None and draft_tree is not None:
-        raise UserError("--draft-tokens is of a chain, --draft-tree of a tree; choose one of them")
+    if draft is None and draft_verification != "coupled":
+        raise UserError("--draft-verification is of guesses; say whose with --draft")
+    shapes = [one for one in (draft_tokens, draft_tree, draft_levels) if one is not None]
+    if shapes and draft is None:
+        raise UserError(
+            "--draft-tokens, --draft-tree and --draft-levels are of guesses; say whose with --draft"
+        )
+    if len(shapes) > 1:
+        raise UserError("choose one of --draft-tokens, --draft-tree and --draft-levels")
     with report.working(f"loading {model}"):
         loaded = jom.load(model, dtype=dtype)
     tokenizer = data.tokenizer_of(loaded)
@@ -61,7 +77,8 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         key=jax.random.key(seed),
-        draft=_drafter(draft, loaded.config, draft_tokens, draft_tree, dtype),
+        verification=draft_verification,
+        draft=_drafter(draft, loaded.config, draft_tokens, draft_tree, draft_levels, dtype),
     )
     if stream:
         rows = (piece[0] for piece in jom.stream(*inputs, passes=8, **options))
@@ -87,7 +104,12 @@ def _ids(tokenizer: Any, prompt: str, model: str, chat: bool) -> list[int]:
 
 
 def _drafter(
-    draft: str | None, target: Any, count: int | None, tree: str | None, dtype: str | None
+    draft: str | None,
+    target: Any,
+    count: int | None,
+    tree: str | None,
+    levels: str | None,
+    dtype: str | None,
 ) -> Any:
     if draft is None:
         return None
@@ -95,4 +117,6 @@ def _drafter(
         drafter = load_drafter(draft, target, dtype)
     if tree is not None:
         return as_tree(drafter, tree)
+    if levels is not None:
+        return as_adaptive(drafter, levels)
     return drafter if count is None else replace(drafter, count=count)

@@ -20,6 +20,7 @@ from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative.draft import Drafter
 from jaxopt_models.speculative.loop import SpeculativeState, begin, speculate
 from jaxopt_models.speculative.ngram import NGram
+from jaxopt_models.speculative.verify import VerificationName, verification_of
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,13 @@ def generate(
     eos_token_ids: Sequence[int] | None = None,
     max_prompt_tokens: int = 1,
     draft: Drafter | Literal["ngram"] | None = None,
+    verification: VerificationName = "coupled",
 ) -> Generation:
     """Continues prompts.
 
     With a `draft` tokens are guessed first, and the model is run once for several of them
     (speculative decoding). The tokens are the same, at any temperature; see `speculative.loop`.
+    With verification by rejection, sampled tokens are others, of the same distribution.
 
     Args:
       config, params: the model; leaves may be of any kind.
@@ -71,13 +74,14 @@ def generate(
         one compilation, however long their prompts are.
       draft: what guesses, such as `speculative.NGram` or `speculative.DraftModel`; "ngram" is
         `NGram()`. None generates one token after the other.
+      verification: which guesses are kept, see `speculative.verify`.
 
     Returns:
       `Generation`.
 
     Raises:
       UserError: for an empty batch or prompt, ids outside the vocabulary, a sampling value out of
-        range, or a draft that is unknown or does not go with the model.
+        range, or a draft that is unknown or does not go with the model or the verification.
     """
     rows = _Rows(
         config,
@@ -92,6 +96,7 @@ def generate(
         eos_token_ids=eos_token_ids,
         max_prompt_tokens=max_prompt_tokens,
         draft=draft,
+        verification=verification,
     )
     rows.go_on(ENDLESS)
     new, passes = rows.new_tokens(), rows.passes()
@@ -113,6 +118,7 @@ class Options(TypedDict, total=False):
     eos_token_ids: Sequence[int] | None
     max_prompt_tokens: int
     draft: Drafter | Literal["ngram"] | None
+    verification: VerificationName
 
 
 def stream(
@@ -163,11 +169,15 @@ class _Rows:
         eos_token_ids: Sequence[int] | None,
         max_prompt_tokens: int,
         draft: Drafter | Literal["ngram"] | None,
+        verification: VerificationName,
         **sampling: Any,
     ) -> None:
         """Runs the prompts, which gives the first token of each."""
         _check_prompts(config, prompts, max_new_tokens)
         self._config, self._params, self._drafter = config, params, _drafter(draft, config)
+        self._verification = verification_of(verification)
+        if self._drafter is not None:
+            self._verification.check(self._drafter)
         self._sampler = make_sampler(len(prompts), key=key, request_ids=request_ids, **sampling)
         self._stops = tuple(config.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._told = [len(prompt) for prompt in prompts]
@@ -187,7 +197,8 @@ class _Rows:
         model, rule, most = (self._config, self._params), (self._sampler, self._stops), passes
         if isinstance(self._state, SpeculativeState):
             assert self._drafter is not None
-            self._state = speculate(*model, self._state, self._drafter, *rule, most)
+            given = self._state, self._drafter, *rule, most, self._verification
+            self._state = speculate(*model, *given)
         else:
             self._state = decode_loop(*model, self._state, *rule, most)
 

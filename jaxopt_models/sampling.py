@@ -5,6 +5,7 @@ The noise of a token depends on (request, absolute position) alone, by the Gumbe
 any batch, in one step or after a rejected draft. References: Gumbel 1954; arXiv:2408.07978.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -45,12 +46,27 @@ class Sampler:
         row, else `logits / T + noise`, -inf where a token is filtered out."""
         if not self.stochastic:
             return logits
+        noise = position_noise(self.key, self.request, positions, logits.shape[-1])
+        greedy = self.temperature[:, None, None] == 0
+        return jnp.where(greedy, logits, self._processed(logits) + noise)
+
+    def probabilities(self, logits: jax.Array) -> jax.Array:
+        """What tokens are drawn from, float32 [B, N, V]; all on the largest logit in a greedy
+        row."""
+        best = jnp.argmax(logits, axis=-1)
+        chosen = jax.nn.one_hot(best, logits.shape[-1], dtype=logits.dtype)
+        if not self.stochastic:
+            return chosen
+        greedy = self.temperature[:, None, None] == 0
+        return jnp.where(greedy, chosen, jax.nn.softmax(self._processed(logits), axis=-1))
+
+    def _processed(self, logits: jax.Array) -> jax.Array:
+        """Divided by the temperature, -inf where a token is filtered out."""
         temperature = self.temperature[:, None, None]
         scaled = logits / jnp.where(temperature == 0, 1.0, temperature)
-        if self.filtered:
-            scaled = keep_most_likely(scaled, self.top_k[:, None], self.top_p[:, None])
-        noise = position_noise(self.key, self.request, positions, logits.shape[-1])
-        return jnp.where(temperature == 0, logits, scaled + noise)
+        if not self.filtered:
+            return scaled
+        return keep_most_likely(scaled, self.top_k[:, None], self.top_p[:, None])
 
 
 @dataclass(frozen=True)
@@ -127,12 +143,24 @@ def position_noise(
     Returns:
       float32 [B, N, vocabulary]; entry [b, n] depends on request[b] and positions[b, n] only.
     """
+    return _at_each(
+        lambda own: jax.random.gumbel(own, (vocabulary,), jnp.float32), key, request, positions
+    )
+
+
+def position_uniform(key: jax.Array, request: jax.Array, positions: jax.Array) -> jax.Array:
+    """A number in [0, 1) for each place, float32 [B, N]; see `position_noise`."""
+    return _at_each(lambda own: jax.random.uniform(own, (), jnp.float32), key, request, positions)
+
+
+def _at_each(
+    draw: Callable[[jax.Array], jax.Array], key: jax.Array, request: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """What is drawn with the key of each request and place: [B, N, …]."""
 
     def row(request_id: jax.Array, places: jax.Array) -> jax.Array:
         own = jax.random.fold_in(key, request_id)
-        return jax.vmap(
-            lambda p: jax.random.gumbel(jax.random.fold_in(own, p), (vocabulary,), jnp.float32)
-        )(places)
+        return jax.vmap(lambda place: draw(jax.random.fold_in(own, place)))(places)
 
     return jax.vmap(row)(request, positions)
 

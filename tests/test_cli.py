@@ -71,7 +71,8 @@ def test_quantize_eval_generate_export(run, model_dir, text, tmp_path):
 
     code, printed, _ = run("generate", out, "--prompt", "All that", "--max-new-tokens", 5)
     assert code == 0 and printed.endswith("\n")
-    for draft in (["ngram"], [model_dir, "--draft-tokens", 2]):
+    adaptive = ["ngram", "--draft-levels", "0,2", "--draft-verification", "rejection"]
+    for draft in (["ngram"], [model_dir, "--draft-tokens", 2], adaptive):
         more = "--max-new-tokens", 5, "--draft", *draft
         code, same, said = run("generate", out, "--prompt", "All that", *more)
         assert code == 0 and same == printed and "tokens a pass of the model" in said
@@ -182,6 +183,10 @@ def test_other_mistakes_are_one_line(run, model_dir, text, tmp_path):
     _assert_refused(run("generate", model_dir, "--prompt", "a", "--chat"), "chat template")
     few = "--draft-tokens", 2
     _assert_refused(run("generate", model_dir, "--prompt", "a", *few), "with --draft")
+    levels = *few, "--draft", "ngram", "--draft-levels", "0,2"
+    _assert_refused(run("generate", model_dir, "--prompt", "a", *levels), "choose one of")
+    rule = "--draft-verification", "rejection"
+    _assert_refused(run("generate", model_dir, "--prompt", "a", *rule), "with --draft")
     gone = tmp_path / "no" / "figures.json"
     _assert_refused(run("eval", model_dir, "--text", text, *SIZES, "--json", gone), str(gone))
     _assert_refused(run("dance"), "dance")

@@ -8,7 +8,7 @@ from pathlib import Path
 import jaxopt_models
 import kernels_pallas
 
-HOUSE, KERNELS = (Path(package.__file__).parent for package in (jaxopt_models, kernels_pallas))
+HOUSE, KERNELS = (Path(package.__path__[0]) for package in (jaxopt_models, kernels_pallas))
 
 
 def imported(file: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ compilation not.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jaxopt_models.bench.peer import circumstances
 from jaxopt_models.bench.quality_results import device_file
 from jaxopt_models.corpus_requests import read_prompts
 from jaxopt_models.data import tokenizer_of
-from jaxopt_models.decoding import decode_loop, new_tokens, start
+from jaxopt_models.decoding import ENDLESS, decode_loop, new_tokens, start
 from jaxopt_models.documents import templated
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
@@ -27,6 +28,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import Drafter, begin, speculate
+from jaxopt_models.speculative.verify import VerificationName, verification_of
 
 Prompts = Sequence[Sequence[int]]
 
@@ -39,27 +41,41 @@ class Setting:
       batch: prompts at a time.
       temperature: 0 is greedy.
       new_tokens: of a prompt at most; an end-of-sequence id ends it before.
+      verification: which guesses are kept, see `speculative.verify`.
     """
 
     batch: int = 1
     temperature: float = 0.0
     new_tokens: int = 128
+    verification: VerificationName = "coupled"
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether they are to be those of plain generation."""
+        return self.verification == "coupled" or self.temperature == 0
 
 
 @dataclass(frozen=True)
 class _Run:
     """New tokens of each prompt; passes of the model in which it was alive, and in how many of them
-    each guess was accepted, int [P] and [P, K]; passes that its batch took, int [P]; seconds."""
+    each guess was accepted, int [P] and [P, K]; passes that its batch took, int [P]; seconds, and
+    those of them behind the prompts' passes."""
 
     tokens: list[list[int]]
     passes: np.ndarray
     accepted: np.ndarray
     rounds: np.ndarray
     seconds: float
+    behind_prompts: float
 
     @property
     def tokens_per_s(self) -> float:
         return sum(map(len, self.tokens)) / self.seconds
+
+    @property
+    def seconds_per_pass(self) -> float:
+        """Of a row, the prompt's aside: those of a batch count for each."""
+        return self.behind_prompts / max(int(self.rounds.sum()), 1)
 
 
 def bench_speculative(
@@ -83,20 +99,23 @@ def bench_speculative(
       say: takes a line for each row and for each choice.
 
     Returns:
-      `{rows, choices, device, versions, date}`. A row is `{drafter, K, tree, temperature, batch,
-      prompts, new_tokens, acceptance_length, accepted, straggling, tokens_per_s,
-      plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a chain; tokens
-      that a pass gives, on average over all; of each place of a guess, the share of passes that
-      accept it and all before; the share of a batch's passes in which a row was done already;
-      prompts whose tokens are not those of plain generation; and how many of these first differ
-      where bfloat16 itself cannot tell two tokens apart (`greedy.Difference`; None where tokens are
-      sampled or computed in float32). `choices` has for each setting the fastest, "off" included.
+      `{rows, choices, device, versions, date}`. A row is `{drafter, K, tree, verification,
+      temperature, batch, prompts, new_tokens, acceptance_length, accepted, straggling, pass_cost,
+      tokens_per_s, plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a
+      chain; tokens that a pass gives, on average over all; of each place of a guess, the share of
+      passes that accept it and all before; the share of a batch's passes in which a row was done
+      already; time of a pass in passes of plain generation, which `speculative.Adaptive` takes as
+      its costs; prompts whose tokens are not those of plain generation, None where they need not
+      be; and how many of these first differ where bfloat16 itself cannot tell two tokens apart
+      (`greedy.Difference`; None where tokens are sampled or computed in float32). `choices` has for
+      each setting the fastest, "off" included.
 
     Raises:
       UserError: for fewer prompts than a batch, or a drafter that does not go with the model.
     """
-    for drafter in drafters.values():
+    for drafter, setting in product(drafters.values(), settings):
         drafter.check(config)
+        verification_of(setting.verification).check(drafter)
     result: dict[str, Any] = {"rows": [], "choices": []} | circumstances({})
     file = out and device_file(out, "speculative")
     for setting in settings:
@@ -144,10 +163,12 @@ def prompt_ids(model: Model, source: str) -> list[list[int]]:
 
 def row_line(row: Mapping[str, Any]) -> str:
     """A row as a sentence, for those who watch."""
+    differ = f"{row['mismatches']} of {row['prompts']} answers differ"
     return (
         f"batch {row['batch']}, temperature {row['temperature']:g}, {row['drafter']}: "
         f"{row['acceptance_length']:.2f} tokens a pass, {row['tokens_per_s']:,.0f} tokens/s, "
-        f"{row['ratio']:.2f} x plain; {row['mismatches']} of {row['prompts']} answers differ"
+        f"{row['ratio']:.2f} x plain; "
+        + (differ if row["mismatches"] is not None else "answers are others of the same kind")
     )
 
 
@@ -158,6 +179,7 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
         "drafter": name,
         "K": drafter.count,
         "tree": drafter.depth if drafter.depth < drafter.count else None,
+        "verification": setting.verification,
         "temperature": setting.temperature,
         "batch": setting.batch,
         "prompts": len(run.tokens),
@@ -165,11 +187,16 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
         "acceptance_length": given / passes if passes else 1.0,
         "accepted": (run.accepted.sum(axis=0) / max(passes, 1)).tolist(),
         "straggling": 1.0 - passes / max(int(run.rounds.sum()), 1),
+        "pass_cost": run.seconds_per_pass / plain.seconds_per_pass,
         "tokens_per_s": run.tokens_per_s,
         "plain_tokens_per_s": plain.tokens_per_s,
         "ratio": run.tokens_per_s / plain.tokens_per_s,
-        "mismatches": sum(a != b for a, b in zip(run.tokens, plain.tokens, strict=True)),
+        "mismatches": _mismatches(run, plain) if setting.same_tokens else None,
     }
+
+
+def _mismatches(run: _Run, plain: _Run) -> int:
+    return sum(a != b for a, b in zip(run.tokens, plain.tokens, strict=True))
 
 
 def _near_ties(
@@ -200,7 +227,10 @@ def _run(
         np.concatenate([getattr(batch, name) for batch in batches])
         for name in ("passes", "accepted", "rounds")
     )
-    return _Run(tokens, passes, accepted, rounds, sum(batch.seconds for batch in batches))
+    seconds, behind = (
+        sum(getattr(batch, name) for batch in batches) for name in ("seconds", "behind_prompts")
+    )
+    return _Run(tokens, passes, accepted, rounds, seconds, behind)
 
 
 def _batch(
@@ -219,17 +249,21 @@ def _batch(
     begun = time.perf_counter()
     given = config, params, prompts, setting.new_tokens, sampler, stops
     if drafter is None:
-        decode, _ = start(*given, room)
+        decode, _ = jax.block_until_ready(start(*given, room))
+        ran = time.perf_counter()
         decode = jax.block_until_ready(decode_loop(config, params, decode, sampler, stops))
-        seconds = time.perf_counter() - begun
+        end = time.perf_counter()
         passes = np.asarray(decode.length) - [len(prompt) + 1 for prompt in prompts]
         accepted = np.zeros((size, 0), np.int32)
     else:
-        state = begin(*given, drafter, room)
-        state = jax.block_until_ready(speculate(config, params, state, drafter, sampler, stops))
-        seconds = time.perf_counter() - begun
+        state = jax.block_until_ready(begin(*given, drafter, room))
+        ran = time.perf_counter()
+        rule = verification_of(setting.verification)
+        given = state, drafter, sampler, stops, ENDLESS, rule
+        state = jax.block_until_ready(speculate(config, params, *given))
+        end = time.perf_counter()
         decode = state.decode
         passes, accepted = np.asarray(state.passes), np.asarray(state.accepted)
     rounds = np.full(size, passes.max())
     new = new_tokens(decode, [len(prompt) for prompt in prompts])
-    return _Run(new, passes, accepted, rounds, seconds)
+    return _Run(new, passes, accepted, rounds, end - begun, end - ran)

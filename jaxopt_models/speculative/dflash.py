@@ -116,7 +116,7 @@ class DFlash:
         hidden, state = filled_in(self, target, state, seen)
         places = seen.length[:, None] + jnp.arange(self.count, dtype=jnp.int32)[None]
         said = self.logits(target, hidden[:, 1 : 1 + self.count])
-        return Guess(sampler(said, places)), state
+        return Guess(sampler(said, places), logits=said), state
 
     def grower(
         self, target: Target, state: KVCache, seen: Seen, sampler: Sampler

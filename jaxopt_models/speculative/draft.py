@@ -90,6 +90,7 @@ class Drafter(Protocol):
           target: the model that decides.
           state: of the pass before, with what remains of guesses that went wrong.
           seen: see there.
-          sampler: what the model will choose with, whose noise a guess may share.
+          sampler: what to choose with. Its noise is that of the model, if the verification has it
+            so, and a guess that shares it is right more often.
         """
         ...

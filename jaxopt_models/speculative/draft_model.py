@@ -86,8 +86,10 @@ class DraftModel:
             place = length[:, None] + ahead
             logits, cache = decode_step(self.config, self.params, token, place, cache)
             chosen = sampler(logits, place + 1)
-            return (chosen, cache), chosen[:, 0]
+            return (chosen, cache), (chosen[:, 0], logits[:, 0])
 
         ahead = jnp.arange(self.count - 1, dtype=jnp.int32)
-        (_, cache), more = lax.scan(step, (first, cache), ahead)
-        return Guess(jnp.concatenate([first, more.T], axis=1)), cache
+        (_, cache), (more, behind) = lax.scan(step, (first, cache), ahead)
+        tokens = jnp.concatenate([first, more.T], axis=1)
+        drawn_by = jnp.concatenate([logits[:, -1:], jnp.swapaxes(behind, 0, 1)], axis=1)
+        return Guess(tokens, logits=drawn_by), cache

@@ -10,8 +10,9 @@ guess is the token that was taken; the token behind the last right one comes for
 
 Whatever the draft, the committed tokens are those of generation one by one, at any temperature: a
 token depends on what is before it and on its own noise, and on no guess. No probability of the
-draft's is needed. References: Leviathan et al. 2022, arXiv:2211.17192; Miao et al. 2023,
-arXiv:2305.09781; Daliri et al. 2024, arXiv:2408.07978.
+draft's is needed. Another `verify.Verification` may keep more of guesses that were drawn by noise
+of their own, which gives other tokens of the same distribution. References: Leviathan et al. 2022,
+arXiv:2211.17192; Miao et al. 2023, arXiv:2305.09781; Daliri et al. 2024, arXiv:2408.07978.
 
 Equality holds to the last bit where a pass over N + 1 tokens computes what N + 1 passes do. In
 bfloat16 on a GPU other kernels round in another order, so where two tokens are nearly as likely
@@ -33,8 +34,10 @@ from jaxopt_models.models.cached import decode_step_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.sampling import Sampler
+from jaxopt_models.speculative.adaptive import Adaptive, run_adapted
 from jaxopt_models.speculative.draft import Drafter, Seen, Target
-from jaxopt_models.speculative.tree import Topology, chain, follow
+from jaxopt_models.speculative.tree import Topology, chain
+from jaxopt_models.speculative.verify import COUPLED, Verification
 
 
 @struct.dataclass
@@ -102,7 +105,7 @@ def _begun(
     return draft, jnp.pad(last, ((0, 0), (0, drafter.depth), (0, 0)))
 
 
-@partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "stops", "verification"), donate_argnames=("state",))
 def speculate(
     config: ModelConfig,
     params: Any,
@@ -111,6 +114,7 @@ def speculate(
     sampler: Sampler,
     stops: tuple[int, ...],
     passes: jax.Array | int = ENDLESS,
+    verification: Verification = COUPLED,
 ) -> SpeculativeState:
     """Generates until every row is done; the state's buffers are reused in place.
 
@@ -121,40 +125,43 @@ def speculate(
       sampler: how tokens are chosen, by the model and by drafters that sample.
       stops: ids that end a row.
       passes: of the model, at most.
+      verification: which guesses are kept; static.
     """
+    drawing = verification.drawing(sampler)
 
-    def step(state: SpeculativeState) -> SpeculativeState:
+    def one_pass(own: Drafter, state: SpeculativeState) -> SpeculativeState:
         decode, active = state.decode, ~state.decode.done
         # Tied to the state, so that XLA hoists no dequantized weights out of the loop.
-        weights, own, length = jax.lax.optimization_barrier((params, drafter, decode.length))
+        weights, own, length = jax.lax.optimization_barrier((params, own, decode.length))
         seen = Seen(decode.tokens, length, state.features, state.count)
-        guess, draft = own.propose(Target(config, weights), state.draft, seen, sampler)
-        tree = guess.topology or chain(drafter.count)
+        guess, draft = own.propose(Target(config, weights), state.draft, seen, drawing)
+        tree = guess.topology or chain(own.count)
         first = length - 1
         places = first[:, None] + tree.depth
         last = jnp.take_along_axis(decode.tokens, first[:, None], axis=1)
         fed = jnp.concatenate([last, guess.tokens], axis=1)
         branches = None if guess.topology is None else _branches(first, tree)
         logits, cache, features = decode_step_with_features(
-            config, weights, fed, places, decode.cache, drafter.layers, branches
+            config, weights, fed, places, decode.cache, own.layers, branches
         )
-        chosen = sampler(logits, places + 1)
-        path, right = follow(guess.tokens, tree, chosen, drafter.depth)
+        chosen, path, right = verification(guess, tree, logits, places, sampler, own.depth)
         if branches is not None:
             cache = _compacted(cache, first, path, right)
-            chosen = jnp.take_along_axis(chosen, path, axis=1)
             features = jnp.take_along_axis(features, path[:, :, None], axis=1)
-        reached = jnp.arange(drafter.depth, dtype=jnp.int32)[None] < right[:, None]
+        most = state.features.shape[1] - 1  # of any pass; this one may guess fewer
+        reached = jnp.arange(most, dtype=jnp.int32)[None] < right[:, None]
         return SpeculativeState(
             decode=commit(replace(decode, cache=cache), chosen, right + 1, stops),
             draft=draft,
-            features=features,
+            features=jnp.pad(features, ((0, 0), (0, most - own.depth), (0, 0))),
             count=right + 1,
             passes=state.passes + active.astype(jnp.int32),
             accepted=state.accepted + (reached & active[:, None]).astype(jnp.int32),
         )
 
-    return run_passes(step, state, lambda state: state.decode.done, passes)
+    if isinstance(drafter, Adaptive):
+        return run_adapted(drafter, one_pass, state, passes)
+    return run_passes(partial(one_pass, drafter), state, lambda state: state.decode.done, passes)
 
 
 def _branches(first: jax.Array, tree: Topology) -> Branches:

@@ -89,10 +89,9 @@ class Medusa:
     ) -> tuple[Guess, None]:
         """See `Drafter`."""
         hidden = _last(seen)
-        guesses = [
-            sampler(self.logits(hidden, k), (seen.length + k)[:, None]) for k in range(self.count)
-        ]
-        return Guess(jnp.concatenate(guesses, axis=1)), None
+        said = jnp.concatenate([self.logits(hidden, k) for k in range(self.count)], axis=1)
+        places = seen.length[:, None] + jnp.arange(self.count, dtype=jnp.int32)[None]
+        return Guess(sampler(said, places), logits=said), None
 
     def grower(self, target: Target, state: None, seen: Seen, sampler: Sampler) -> tuple[Any, None]:
         """See `growth.Grower`: what a level says is the same behind all of its nodes."""

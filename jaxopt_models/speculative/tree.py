@@ -30,10 +30,14 @@ class Guess:
     Attributes:
       tokens: int32 [B, N], of nodes 1..N. Those that continue the same node should differ.
       topology: of nodes 0..N; None is a chain.
+      logits: float32 [B, N, V], what each token was drawn by, before temperature and filters, -inf
+        of what cannot be said; None if it was not drawn. Read where guesses are verified by
+        rejection, and not computed elsewhere.
     """
 
     tokens: jax.Array
     topology: Topology | None = None
+    logits: jax.Array | None = None
 
 
 def topology(parents: jax.Array | np.ndarray, deepest: int) -> Topology:

@@ -176,23 +176,24 @@ class TeacherCache(Strict):
 # Which options of a head go with which kind, besides its decay.
 _HEAD_OPTIONS = {
     "eagle3": ("vocabulary", "layers", "intermediate_size", "steps", "count"),
+    "mtp": ("steps", "count"),
     "medusa": ("steps",),
     "dflash": ("layers", "intermediate_size", "depth", "block", "anchors", "mask_token"),
 }
 
 
 class DraftHead(Strict):
-    """What guesses for the model, see `speculative.eagle3`, `.medusa` and `.dflash`.
+    """What guesses for the model, see `speculative.eagle3`, `.mtp`, `.medusa` and `.dflash`.
 
     Attributes:
-      kind: one head that is run for each token ahead; Medusa heads, one of `steps` for each; or a
-        DFlash head, which says a block of them at once.
+      kind: one head that is run for each token ahead, EAGLE-3 or MTP; Medusa heads, one of `steps`
+        for each; or a DFlash head, which says a block of them at once.
       vocabulary: how many tokens it may say, those that the text has most of; None is all.
       layers: of the model, whose residual streams it reads; None spreads some over the model.
       intermediate_size: of its feed-forward networks; None is the model's.
       steps: ahead of the text that are trained; what each counts for, of the one before, is its
         `decay`.
-      count: tokens of a guess of an EAGLE-3 head, as it is saved.
+      count: tokens of a guess of an EAGLE-3 or MTP head, as it is saved.
       depth: layers of a DFlash head.
       block: places of its blocks: the last token, and those that it says.
       anchors: places of a row, at most, that blocks are trained from in a step.
@@ -200,7 +201,7 @@ class DraftHead(Strict):
         least of, the last of equals.
     """
 
-    kind: Literal["eagle3", "medusa", "dflash"] = "eagle3"
+    kind: Literal["eagle3", "mtp", "medusa", "dflash"] = "eagle3"
     vocabulary: StrictInt | None = Field(default=None, ge=1)
     layers: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     intermediate_size: StrictInt | None = Field(default=None, ge=1)

@@ -17,11 +17,13 @@ from jaxopt_models.speculative.dflash import DFlash
 from jaxopt_models.speculative.dflash_files import export_dflash
 from jaxopt_models.speculative.dflash_params import init_dflash
 from jaxopt_models.speculative.draft import Target
-from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_files import export_eagle3
 from jaxopt_models.speculative.eagle3_params import init_eagle3
 from jaxopt_models.speculative.medusa import Medusa, init_medusa
 from jaxopt_models.speculative.medusa_files import export_medusa
+from jaxopt_models.speculative.mtp import Mtp, init_mtp
+from jaxopt_models.speculative.mtp_files import export_mtp
+from jaxopt_models.speculative.named import Head
 from jaxopt_models.train.block_objective import block_loss
 from jaxopt_models.train.choices import DraftHead
 from jaxopt_models.train.draft_objective import draft_loss
@@ -34,8 +36,6 @@ from jaxopt_models.train.step import Loss, start
 
 _SAVED = jnp.bfloat16
 
-type _Head = Eagle3 | Medusa | DFlash
-
 
 def draft_job(
     settings: RunSettings,
@@ -46,8 +46,7 @@ def draft_job(
     *,
     overwrite: bool = False,
 ) -> Job:
-    """A head to train, which `out` is to hold as `export_eagle3`, `export_medusa` or
-    `export_dflash` writes it.
+    """A head to train, which `out` is to hold as the export of its kind writes it.
 
     Args:
       model: that it guesses for, of leaves of any kind.
@@ -64,16 +63,18 @@ def draft_job(
     loss = _loss(chosen, config, head, settings)
     prepare = partial(computed, dtype=settings.dtype)
 
-    def finish(params: Any) -> _Head:
+    def finish(params: Any) -> Head:
         return replace(head, params=_rounded(params))
 
-    def write(one: _Head, report: Any) -> None:
+    def write(one: Head, report: Any) -> None:
         name = model.source and str(model.source)
         options: dict[str, Any] = {"dtype": _SAVED, "overwrite": overwrite}
         if isinstance(one, DFlash):
             export_dflash(out, one, model.config, **options)
         elif isinstance(one, Medusa):
             export_medusa(out, one, verifier=name, **options)
+        elif isinstance(one, Mtp):
+            export_mtp(out, one, model.config, verifier=name, **options)
         else:
             export_eagle3(out, one, model.config, verifier=name, **options)
 
@@ -99,10 +100,12 @@ def _check_rows(chosen: DraftHead, settings: RunSettings) -> None:
             )
 
 
-def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> _Head:
+def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> Head:
     """The head before training."""
     if chosen.kind == "medusa":
         return init_medusa(target, chosen.steps)
+    if chosen.kind == "mtp":
+        return init_mtp(target, jax.random.key(seed), chosen.count)
     count, size = target.config.num_layers, target.config.vocab_size
     if not all(0 <= i < count for i in chosen.layers or ()):
         raise UserError(
@@ -129,7 +132,7 @@ def _new(chosen: DraftHead, target: Target, rows: dict[str, Any], seed: int) -> 
     )
 
 
-def _loss(chosen: DraftHead, config: ModelConfig, head: _Head, settings: RunSettings) -> Loss:
+def _loss(chosen: DraftHead, config: ModelConfig, head: Head, settings: RunSettings) -> Loss:
     """What the head is trained for."""
     terms, decay = settings.terms("draft"), chosen.decay
     if isinstance(head, DFlash):

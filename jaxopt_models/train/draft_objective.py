@@ -17,10 +17,10 @@ from jaxopt_models.speculative.draft import Target
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_params import head_rows
 from jaxopt_models.speculative.medusa import Medusa
+from jaxopt_models.speculative.mtp import Mtp
 from jaxopt_models.speculative.unrolled import unrolled
 from jaxopt_models.train.objectives import QAD, Term, logit_losses
 from jaxopt_models.train.step import Loss, Sums
-from kernels_pallas import rms_norm
 
 # The probability that a sampled guess is not accepted.
 REFUSED = LogitLoss("total_variation")
@@ -28,7 +28,7 @@ REFUSED = LogitLoss("total_variation")
 
 def draft_loss(
     config: ModelConfig,
-    head: Eagle3 | Medusa,
+    head: Eagle3 | Mtp | Medusa,
     terms: Sequence[Term] = QAD,
     *,
     steps: int = 5,
@@ -39,8 +39,8 @@ def draft_loss(
 
         Σ_s decay^s Σ_t Σ_i weight_i loss_i(q_{t,s}, p_{t+1+s})  /  Σ_s decay^s
 
-    q_{t,s} is what the head says at index t of step s, of token t + 2 + s: an EAGLE-3 head as in
-    `unrolled`, or Medusa head s; p_u what the model says behind token u, of the tokens in the
+    q_{t,s} is what the head says at index t of step s, of token t + 2 + s: an EAGLE-3 or MTP head
+    as in `unrolled`, or Medusa head s; p_u what the model says behind token u, of the tokens in the
     head's vocabulary.
 
     Args:
@@ -113,7 +113,7 @@ def of_the_model(
 
 
 def _predictors(
-    head: Eagle3 | Medusa,
+    head: Eagle3 | Mtp | Medusa,
     target: Target,
     tokens: jax.Array,
     features: jax.Array,
@@ -123,18 +123,17 @@ def _predictors(
 ) -> list[Predictor]:
     """What a head says at each step, in its own vocabulary."""
     if isinstance(head, Medusa):
-        outputs = [one["lm_head"] for one in head.params["heads"][:steps]]
-        states = [head.states(features, number) for number in range(steps)]
-    else:
-        outputs = [head.params["lm_head"]] * steps
-        norm = head.params["norm"]["weight"], head.config.rms_norm_eps
-        found = unrolled(head, target, tokens, features, steps, starts, remat)
-        states = [rms_norm(x, *norm) for x in found]
-    pairs = zip(outputs, states, strict=True)
-    return [Predictor({"lm_head": output}, x, head.config) for output, x in pairs]
+        heads = enumerate(head.params["heads"][:steps])
+        return [
+            Predictor({"lm_head": one["lm_head"]}, head.states(features, number), head.config)
+            for number, one in heads
+        ]
+    config, output = head.output(target)
+    found = unrolled(head, target, tokens, features, steps, starts, remat)
+    return [Predictor(output, head.states(x), config) for x in found]
 
 
-def _teacher(head: Eagle3 | Medusa, target: Target, hidden: jax.Array) -> Predictor:
+def _teacher(head: Eagle3 | Mtp | Medusa, target: Target, hidden: jax.Array) -> Predictor:
     """The model, of the tokens that a head may say."""
     config, vocabulary = target.config, head.vocabulary
     if vocabulary is None:

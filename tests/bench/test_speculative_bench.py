@@ -63,12 +63,13 @@ def test_the_fastest_is_chosen(params, monkeypatch):
     def batch(config: Any, params: Any, prompts: Any, first: int, room: int, draft: Any, _: Any):
         ones, taken = np.ones(len(prompts), int), seconds[draft and draft.count]
         counts = np.zeros((len(prompts), draft.count if draft else 0), int)
-        return speculative._Run([[1, 2]] * len(prompts), ones, counts, ones, taken)
+        return speculative._Run([[1, 2]] * len(prompts), ones, counts, ones, taken, taken)
 
     monkeypatch.setattr(speculative, "_batch", batch)
     drafters = {"short": NGram(2), "long": NGram(5)}
     result = bench_speculative(TINY, params, PROMPTS, drafters)
     assert [row["ratio"] for row in result["rows"]] == [2.0, 0.5]
+    assert [row["pass_cost"] for row in result["rows"]] == [0.5, 2.0]
     assert result["choices"] == [{"batch": 1, "temperature": 0.0, "choice": "short"}]
     seconds[2] = 5.0
     assert bench_speculative(TINY, params, PROMPTS, drafters)["choices"][0]["choice"] == "off"

@@ -18,8 +18,8 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import Eagle3, Seen, Target, begin, init_eagle3, speculate
-from jaxopt_models.speculative.eagle3 import cached_layer, embeddings, fused
 from jaxopt_models.speculative.eagle3_params import default_layers
+from jaxopt_models.speculative.recurrent import cached_layer, embeddings
 from jaxopt_models.speculative.unrolled import unrolled
 
 # The tokens that a head of half the vocabulary may say.
@@ -47,7 +47,7 @@ def sequential(one: Eagle3, own: Target, tokens: jax.Array, features: Any, t: in
     (cache,) = empty_cache(one.config, one.params, 1, 32)
     places = jnp.arange(t + 1, dtype=jnp.int32)[None]
     e = embeddings(one, own, tokens[:, 1 : t + 2])
-    x, cache = cached_layer(one, fused(one, features[:, : t + 1]), e, places, cache)
+    x, cache = cached_layer(one, one.fused(features[:, : t + 1]), e, places, cache)
     out = [x[:, -1:]]
     for s in range(1, steps):
         e = embeddings(one, own, tokens[:, t + 1 + s : t + 2 + s])

@@ -16,7 +16,7 @@ from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.transformer import init
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import Eagle3, Seen, Target, TreeDrafter, begin, init_eagle3
-from jaxopt_models.speculative.eagle3 import cached_layer, embeddings, fused, head_logits
+from jaxopt_models.speculative.recurrent import cached_layer, embeddings
 
 
 @functools.cache
@@ -38,13 +38,13 @@ def log_p(tokens: list[int], features: np.ndarray) -> np.ndarray:
     (cache,) = empty_cache(one.config, one.params, 1, count)
     embedded = embeddings(one, own, jnp.asarray([tokens[1:]], jnp.int32))
     at = jnp.arange(known, dtype=jnp.int32)[None]
-    hidden = fused(one, jnp.asarray(features)[None])
+    hidden = one.fused(jnp.asarray(features)[None])
     x, cache = cached_layer(one, hidden, embedded[:, :known], at, cache)
     x = x[:, -1:]
     for place in range(known, count):
         at = jnp.full((1, 1), place, jnp.int32)
         x, cache = cached_layer(one, x, embedded[:, place : place + 1], at, cache)
-    return np.asarray(jax.nn.log_softmax(head_logits(one, x))[0, 0])
+    return np.asarray(jax.nn.log_softmax(one.logits(own, x))[0, 0])
 
 
 def searched(text: list[int], features: np.ndarray, width: int, depth: int, count: int):

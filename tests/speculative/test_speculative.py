@@ -25,7 +25,7 @@ from jaxopt_models.models.transformer import abstract_params, init
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.speculative import DraftModel, NGram, begin, loop, speculate
+from jaxopt_models.speculative import DraftModel, NGram, begin, loop, speculate, verify
 from jaxopt_models.speculative import tree as tree_module
 from jaxopt_models.speculative.draft import Guess
 from jaxopt_models.speculative.ngram import copied
@@ -222,11 +222,11 @@ def test_what_is_copied(longest):
 
 @pytest.fixture
 def broken(monkeypatch):
-    """Replaces a function of the loop's module for a test, which compiles anew."""
+    """Replaces a function of a module for a test, which compiles anew."""
     compiled: Any = speculate
 
-    def replace_by(name: str, function: Any) -> None:
-        monkeypatch.setattr(loop, name, function)
+    def replace_by(module: Any, name: str, function: Any) -> None:
+        monkeypatch.setattr(module, name, function)
         compiled.clear_cache()
 
     yield replace_by
@@ -243,7 +243,7 @@ def test_accepting_one_guess_too_many_is_seen(broken):
         path, right = tree_module.follow(tokens, tree, chosen, deepest)
         return path, jnp.minimum(right + 1, deepest)
 
-    broken("follow", generous)
+    broken(verify, "follow", generous)
     assert said(DRAFTERS["bad"](3)) != plain("greedy")
 
 
@@ -252,7 +252,7 @@ def test_accepting_behind_a_wrong_guess_is_seen(broken):
         path, _ = tree_module.follow(tokens, tree, chosen, deepest)
         return path, jnp.sum(tokens == chosen[:, :-1], axis=1, dtype=jnp.int32)
 
-    broken("follow", blind)
+    broken(verify, "follow", blind)
     assert said(DRAFTERS["near"](4)) != plain("greedy")
 
 
@@ -262,7 +262,7 @@ def test_a_place_too_far_is_seen(broken):
     def far(config: Any, params: Any, fed: Any, places: Any, *others: Any) -> Any:
         return step(config, params, fed, places + 1, *others)
 
-    broken("decode_step_with_features", far)
+    broken(loop, "decode_step_with_features", far)
     assert said(NGram(count=3)) != plain("greedy")
 
 

@@ -17,10 +17,10 @@ import jaxopt_models as jom
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import forward, forward_with_taps
-from jaxopt_models.speculative import Target, init_eagle3, init_medusa
-from jaxopt_models.speculative.eagle3 import head_logits
+from jaxopt_models.speculative import Target, init_eagle3, init_medusa, init_mtp
 from jaxopt_models.speculative.eagle3_files import read_eagle3
 from jaxopt_models.speculative.medusa_files import read_medusa
+from jaxopt_models.speculative.mtp_files import read_mtp
 from jaxopt_models.speculative.unrolled import unrolled
 from jaxopt_models.train.draft_job import most_frequent
 from jaxopt_models.train.draft_objective import draft_loss
@@ -71,7 +71,7 @@ def test_the_loss_is_what_it_says(target, text, kind):
         p = np.asarray(jax.nn.softmax(said), np.float64)
         features = features_of(target, own, head.layers)
         for s, x in enumerate(unrolled(head, target, own, features, STEPS)):
-            q = np.asarray(jax.nn.softmax(head_logits(head, x)[0]), np.float64)
+            q = np.asarray(jax.nn.softmax(head.logits(target, x)[0]), np.float64)
             for t in range(end - first - 2 - s):
                 weight, its = float(mask[row, first + t + 2 + s]), p[t + 1 + s]
                 token = int(own[0, t + 2 + s])
@@ -91,12 +91,13 @@ def test_the_loss_is_what_it_says(target, text, kind):
     np.testing.assert_allclose([found.others[name] for name in names], refused, rtol=1e-4)
 
 
-@pytest.mark.parametrize("quantize", [False, True], ids=["plain", "quantized"])
-def test_a_trained_head_is_right_more_often(target, text, quantize):
+@pytest.mark.parametrize("kind", ["plain", "quantized", "mtp"])
+def test_a_trained_head_is_right_more_often(target, text, kind):
     """Of a model as it is served: what quantizes it is in what the head reads and learns."""
-    if quantize:
+    if kind == "quantized":
         target = replace(target, params=quantized(target.params))
-    head = init_eagle3(target, jax.random.key(0), count=STEPS)
+    make = init_mtp if kind == "mtp" else init_eagle3
+    head = make(target, jax.random.key(0), count=STEPS)
     loss = draft_loss(CONFIG, head, steps=STEPS)
     optimizer = optax.adam(3e-3)
     prepare = partial(computed, dtype="float32")
@@ -194,11 +195,11 @@ def test_a_run_ends_with_a_head_that_generation_takes(model, tmp_path, run):
     assert code == 0 and drafted == plain
 
 
-def test_a_run_of_medusa_heads(model, tmp_path, run):
-    settings = RunSettings.of({"model": model} | SMALL | {"head": {"kind": "medusa", "steps": 2}})
+@pytest.mark.parametrize("kind, read", [("medusa", read_medusa), ("mtp", read_mtp)])
+def test_a_run_of_other_heads(model, tmp_path, run, kind, read):
+    settings = RunSettings.of({"model": model} | SMALL | {"head": {"kind": kind, "steps": 2}})
     made = train("draft", settings, tmp_path / "run").model
-    found = read_medusa(tmp_path / "run" / "model", jom.load(model).config)
-    assert found.count == 2
+    found = read(tmp_path / "run" / "model", jom.load(model).config)
     for own, its in zip(*map(jax.tree.leaves, (found.params, made.params)), strict=True):
         assert (own == its).all()
     arguments = "generate", model, "--prompt", "So it goes", "--max-new-tokens", 8
@@ -245,6 +246,7 @@ def test_a_mesh_trains_the_same(model, tmp_path):
         ({"head": {"layers": [0, 5]}}, r"head.layers are \[0, 5\], and the model's layers 0 to 1"),
         ({"head": {"steps": 0}}, "head.steps"),
         ({"head": {"kind": "medusa", "layers": [1]}}, "'layers' does not go with medusa"),
+        ({"head": {"kind": "mtp", "vocabulary": 9}}, "'vocabulary' does not go with mtp"),
     ],
 )
 def test_settings_that_do_not_go_together(model, tmp_path, changes, problem):
@@ -259,6 +261,8 @@ def test_a_head_goes_with_draft_alone(model):
         settings.check("qad")
 
 
-def test_the_configuration_that_is_shipped():
-    file = Path(__file__).parents[2] / "configs" / "runs" / "draft_eagle3.yaml"
-    RunSettings.load(file).check("draft")
+@pytest.mark.parametrize("kind", ["eagle3", "mtp"])
+def test_the_configuration_that_is_shipped(kind):
+    settings = RunSettings.load(Path(__file__).parents[2] / "configs/runs" / f"draft_{kind}.yaml")
+    settings.check("draft")
+    assert settings.head is not None and settings.head.kind == kind
