@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import astuple, replace
 from typing import Any, Protocol
 
+import jax
+
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.progress import Progress
 from jaxopt_models.prune.candidates import Candidate
@@ -29,13 +31,16 @@ class Keep(Protocol):
 def timed(
     scored: Sequence[Scored], cut: Slice, clock: Clock, remember: Remember, progress: Progress
 ) -> tuple[Scored, ...]:
-    """All of them, the finalists with their times, each run whole."""
+    """All of them, the finalists with their times, each run whole; equal shapes once."""
+    times: dict[Any, int] = {}
 
     def with_time(one: Scored) -> Scored:
-        def make() -> int:
-            return round(clock(*cut(one.candidate)) * 1e9)
-
-        return replace(one, measured=remember(f"time {one.candidate.name}", make))
+        config, params = cut(one.candidate)
+        shape = config, tuple(array.shape for array in jax.tree.leaves(params))
+        if shape not in times:
+            name = f"time {one.candidate.name}"
+            times[shape] = remember(name, lambda: round(clock(config, params) * 1e9))
+        return replace(one, measured=times[shape])
 
     finalists = measured_most(scored)
     found = [with_time(one) for one in progress(finalists, "timing finalists")]

@@ -106,6 +106,10 @@ def test_candidates_keep_to_the_time_and_finalists_are_timed_whole(latency):
         if timed:
             assert one.measured == pytest.approx(slower * one.candidate.cost, abs=10)
     assert {one.windows for one in report.candidates} == {2, 4}
+    timed = [one.candidate for one in report.candidates if one.measured is not None]
+    shapes = {(one.target, len(one.dropped)) for one in timed}
+    whole_models = asked[len(asked) - len(shapes) :]  # behind parts and the original
+    assert asked.count(3) == 1 + whole_models.count(3)
     assert report.chosen is not None and report.chosen == report.candidates[0].candidate
     assert config.num_layers == len(params["layers"])
     said = report.as_dict()
