@@ -1,7 +1,7 @@
 """The command that cuts a model."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,7 +30,7 @@ def prune(
     """
     import jaxopt_models as jom
     from jaxopt_models import report_pruning
-    from jaxopt_models.prune import run, stages
+    from jaxopt_models.prune import run, stages, teaching
     from jaxopt_models.prune.settings import PruneSettings
 
     settings = PruneSettings.load(config, tuple(overrides or ()))
@@ -39,7 +39,7 @@ def prune(
         loaded = jom.load(model)
     with report.working("tokenizing"):
         texts = _texts(loaded, settings)
-        training = _training(loaded, settings)
+        training = teaching.lesson_rows(loaded, settings)
     partial = out.with_name(f"{out.name}.partial")
     small, params, result = run.prune(
         loaded, settings, *texts, report.progress, training=training, resume=partial
@@ -84,13 +84,3 @@ def _texts(model, settings) -> tuple[list, list]:
         for text, count in zip(texts, counts, strict=True)
     )
     return calibration, evaluation
-
-
-def _training(model, settings) -> Any:
-    """Rows that finalists learn from, if they are to."""
-    from jaxopt_models.prune.teaching import rows_between
-
-    if settings.search.distill is None:
-        return None
-    text = data.load_text(settings.text, "calibration")
-    return rows_between(model, text, settings.windows, settings.length)

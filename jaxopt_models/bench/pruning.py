@@ -33,6 +33,7 @@ from jaxopt_models.prune.prune_report import PruneReport
 from jaxopt_models.prune.run import prune
 from jaxopt_models.prune.settings import Keep, PruneSettings, Search
 from jaxopt_models.prune.sizes import cost_of
+from jaxopt_models.prune.teaching import lesson_rows
 from jaxopt_models.train.loop import Step
 from jaxopt_models.train.model_job import make_step
 from jaxopt_models.train.rows import training_rows
@@ -72,7 +73,8 @@ def bench_pruning(
       train_tokens, minutes, search_minutes, run}` for each plan (axis), method ("search" or
       "uniform") and seed. `kept` is that of `Candidate.as_dict`, `minutes` of the distillation,
       `search_minutes` of pruning, and `run` as `trained` returns it. Where the search picks the
-      uniform candidate there is no row of its own.
+      uniform candidate there is no row of its own. A plan that teaches its finalists has figures
+      behind that lesson.
 
     Raises:
       UserError: for a model or text that cannot be read, a plan without a budget or with zeros, an
@@ -141,6 +143,7 @@ class _Bench:
                 load_text(self.settings.evaluation.text, "evaluation"), plan.evaluation.windows
             ),
             self.progress,
+            training=lesson_rows(self.teacher, plan),
         )
         return replace(self.teacher, config=config, params=params), report
 

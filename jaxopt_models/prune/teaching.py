@@ -21,7 +21,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress
 from jaxopt_models.prune.damage import Damage
-from jaxopt_models.prune.settings import Distill
+from jaxopt_models.prune.settings import Distill, PruneSettings
 from jaxopt_models.train.leaves import cast
 from jaxopt_models.train.loop import Pace, Step, fit
 from jaxopt_models.train.model_job import context_of, first_state, make_step
@@ -137,3 +137,15 @@ def rows_between(model: Model, text: str, count: int, length: int) -> np.ndarray
         )
     rows = np.stack([ids[start : start + body] for start in starts]).astype(np.int32)
     return rows if bos is None else np.insert(rows, 0, bos, axis=1)
+
+
+def lesson_rows(model: Model, settings: PruneSettings) -> np.ndarray | None:
+    """What finalists learn from under settings, `rows_between` of their text; None if they do not.
+
+    Raises:
+      UserError: for a text that cannot be read, or is too short for both.
+    """
+    if settings.search.distill is None:
+        return None
+    text = data.load_text(settings.text, "calibration")
+    return rows_between(model, text, settings.windows, settings.length)
