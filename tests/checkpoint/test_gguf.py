@@ -94,7 +94,7 @@ def test_logits_are_those_of_transformers(tmp_path, golden, golden_run):
     config = reader.read_config(path)
     tokens, logits = golden_run("llama2")
     params = reader.read_params(path, config, dtype="float32")
-    np.testing.assert_allclose(forward(config, params, jnp.asarray(tokens)), logits, atol=2e-5)
+    np.testing.assert_allclose(forward(config, params, jnp.asarray(tokens)), logits, atol=1e-4)
 
 
 def rope_factors(hf, scaling):
