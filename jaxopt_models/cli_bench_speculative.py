@@ -1,15 +1,18 @@
 """`jaxopt-models bench speculative`: what guesses are worth on one's own prompts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from jaxopt_models import report
 from jaxopt_models.cli_options import DtypeOption, ModelArg
 from jaxopt_models.errors import UserError
+from jaxopt_models.speculative import DFlash, Drafter, Medusa
+from jaxopt_models.speculative.named import Head, as_adaptive, as_tree, load_drafter
 from jaxopt_models.speculative.verify import VerificationName
 
 
@@ -58,31 +61,11 @@ def bench_speculative(
     import jaxopt_models as jom
     from jaxopt_models.bench import speculative
     from jaxopt_models.inference import for_device
-    from jaxopt_models.speculative import DFlash, Drafter, Medusa
-    from jaxopt_models.speculative.named import Head, as_adaptive, as_tree, load_drafter
 
     loaded = jom.load(model, dtype=dtype)
     ids = speculative.prompt_ids(loaded, prompts)[:count]
     named = {name: load_drafter(name, loaded.config, dtype) for name in draft or ["ngram"]}
-    at_once = Medusa | DFlash  # say as many tokens as they are made for, in one pass
-    drafters: dict[str, Drafter] = {
-        f"{name}, K = {tokens}": replace(drafter, count=tokens)
-        for name, drafter in named.items()
-        for tokens in draft_tokens or ((drafter.count,) if isinstance(drafter, at_once) else (4, 8))
-    }
-    heads = {name: one for name, one in named.items() if isinstance(one, Head)}
-    if draft_tree and not heads:
-        raise UserError("--draft-tree is of draft heads, trained ones; give one as --draft")
-    drafters |= {
-        f"{name}, tree {shape}": as_tree(head, shape)
-        for name, head in heads.items()
-        for shape in draft_tree or ()
-    }
-    drafters |= {
-        f"{name}, levels {levels}": as_adaptive(drafter, levels)
-        for name, drafter in named.items()
-        for levels in draft_levels or ()
-    }
+    drafters = _drafters(named, draft_tokens, draft_tree or (), draft_levels or ())
     settings = [
         speculative.Setting(size, warmth, new_tokens, draft_verification)
         for size, warmth in product(batch or [1], temperature or [0.0])
@@ -96,3 +79,26 @@ def bench_speculative(
         out=out,
         say=report.say,
     )
+
+
+def _drafters(
+    named: Mapping[str, Any],
+    counts: Sequence[int] | None,
+    trees: Sequence[str],
+    levels: Sequence[str],
+) -> dict[str, Drafter]:
+    """All that guess, by what tells them apart: of each its numbers of tokens, trees and levels."""
+    at_once = Medusa | DFlash  # say as many tokens as they are made for, in one pass
+    found: dict[str, Drafter] = {
+        f"{name}, K = {tokens}": replace(drafter, count=tokens)
+        for name, drafter in named.items()
+        for tokens in counts or ((drafter.count,) if isinstance(drafter, at_once) else (4, 8))
+    }
+    heads = {name: one for name, one in named.items() if isinstance(one, Head)}
+    if trees and not heads:
+        raise UserError("--draft-tree is of draft heads, trained ones; give one as --draft")
+    for name, head in heads.items():
+        found |= {f"{name}, tree {shape}": as_tree(head, shape) for shape in trees}
+    for name, drafter in named.items():
+        found |= {f"{name}, levels {each}": as_adaptive(drafter, each) for each in levels}
+    return found

@@ -1,5 +1,6 @@
 """The command that continues a prompt."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -57,15 +58,7 @@ def generate(
     from jaxopt_models.generate import Options
     from jaxopt_models.inference import for_device
 
-    if draft is None and draft_verification != "coupled":
-        raise UserError("--draft-verification is of guesses; say whose with --draft")
-    shapes = [one for one in (draft_tokens, draft_tree, draft_levels) if one is not None]
-    if shapes and draft is None:
-        raise UserError(
-            "--draft-tokens, --draft-tree and --draft-levels are of guesses; say whose with --draft"
-        )
-    if len(shapes) > 1:
-        raise UserError("choose one of --draft-tokens, --draft-tree and --draft-levels")
+    _check_guesses(draft, draft_verification, (draft_tokens, draft_tree, draft_levels))
     with report.working(f"loading {model}"):
         loaded = jom.load(model, dtype=dtype)
     tokenizer = data.tokenizer_of(loaded)
@@ -101,6 +94,20 @@ def _ids(tokenizer: Any, prompt: str, model: str, chat: bool) -> list[int]:
         raise UserError(f"{model} has no chat template; leave out --chat")
     turn = [{"role": "user", "content": prompt}]
     return templated(tokenizer, turn, add_generation_prompt=True).tolist()
+
+
+def _check_guesses(draft: str | None, verification: str, shapes: Sequence[Any]) -> None:
+    """Raises UserError for options that do not go together: what of guesses nobody makes, and more
+    than one of --draft-tokens, --draft-tree and --draft-levels."""
+    if draft is None and verification != "coupled":
+        raise UserError("--draft-verification is of guesses; say whose with --draft")
+    given = [shape for shape in shapes if shape is not None]
+    if given and draft is None:
+        raise UserError(
+            "--draft-tokens, --draft-tree and --draft-levels are of guesses; say whose with --draft"
+        )
+    if len(given) > 1:
+        raise UserError("choose one of --draft-tokens, --draft-tree and --draft-levels")
 
 
 def _drafter(

@@ -8,7 +8,7 @@ generate(config, params, prompts, draft=Adaptive(NGram(), levels=(0, 1, 3, 7)))
 from jaxopt_models.speculative.adaptive import Adaptive
 from jaxopt_models.speculative.dflash import DFlash
 from jaxopt_models.speculative.dflash_params import init_dflash
-from jaxopt_models.speculative.draft import Drafter, Seen, Target
+from jaxopt_models.speculative.draft import Drafter, Prompted, Seen, Target
 from jaxopt_models.speculative.draft_model import DraftModel
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_params import init_eagle3
@@ -31,6 +31,7 @@ __all__ = [
     "Medusa",
     "Mtp",
     "NGram",
+    "Prompted",
     "Rejection",
     "Seen",
     "Target",

@@ -30,7 +30,7 @@ from flax import struct
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Drafter, Seen, Target
+from jaxopt_models.speculative.draft import Drafter, Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Guess
 
 _ALPHA, _WEIGHT = 0.7, 1.0  # of a new row: α_0, and w, of how many guesses
@@ -112,17 +112,10 @@ class Adaptive:
             raise UserError("levels are of a chain, and this drafter guesses trees; choose one")
         self.at(self.count).check(config)
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> Rates:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> Rates:
         """What the drafter carries, and that nothing is known of its guesses."""
-        own = self.at(self.count).begin(target, prompts, lengths, features, capacity)
-        batch, used = len(lengths), jnp.zeros(len(self.levels), jnp.int32)
+        own = self.at(self.count).begin(target, prompts, capacity)
+        batch, used = len(prompts.lengths), jnp.zeros(len(self.levels), jnp.int32)
         right, tried = jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.float32)
         level = self.best(right, tried, jnp.ones(batch, bool))
         return Rates(own, right, tried, level, jnp.zeros((), jnp.int32), used)
@@ -229,15 +222,8 @@ class _Quiet:
     def check(self, config: ModelConfig) -> None:
         self.drafter.check(config)
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> Any:
-        return self.drafter.begin(target, prompts, lengths, features, capacity)
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> Any:
+        return self.drafter.begin(target, prompts, capacity)
 
     def propose(
         self, target: Target, state: Any, seen: Seen, sampler: Sampler

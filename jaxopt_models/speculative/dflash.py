@@ -28,7 +28,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import embed_tokens, logits, positions_of
 from jaxopt_models.ops import linear
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.draft import Prompted, Seen, Target, check_layers
 from jaxopt_models.speculative.tree import Guess
 from kernels_pallas import rms_norm
 
@@ -82,11 +82,7 @@ class DFlash:
 
     def check(self, config: ModelConfig) -> None:
         """Raises UserError unless the model has the layers, width and vocabulary of the head's."""
-        if not all(0 <= i < config.num_layers for i in self.layers):
-            raise UserError(
-                f"the draft head reads layers {list(self.layers)}, and the model has "
-                f"{config.num_layers}; it was made for another model"
-            )
+        check_layers(self.layers, config)
         own, its = ((one.vocab_size, one.hidden_size) for one in (self.config, config))
         reads = self.params["fc"]["weight"].shape[-1]
         if own != its or reads != len(self.layers) * config.hidden_size:
@@ -96,18 +92,13 @@ class DFlash:
                 " it was made for another model"
             )
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> KVCache:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> KVCache:
         """Its cache, with keys and values of the prompts' features. What stands behind a prompt is
         overwritten before a block sees it."""
-        empty = empty_cache(self.config, self.params, len(prompts), capacity + self.block)
-        return cached_context(self, empty, fused(self, features), positions_of(prompts))
+        empty = empty_cache(self.config, self.params, len(prompts.lengths), capacity + self.block)
+        return cached_context(
+            self, empty, fused(self, prompts.features), positions_of(prompts.tokens)
+        )
 
     def propose(
         self, target: Target, state: KVCache, seen: Seen, sampler: Sampler

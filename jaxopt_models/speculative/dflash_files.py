@@ -18,13 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
-from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.speculative.dflash import DFlash
 from jaxopt_models.speculative.dflash_params import abstract_dflash
-from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
+from jaxopt_models.speculative.head_files import (
+    HeadTensors,
+    config_of,
+    read_config,
+    stored,
+    write_head,
+)
 from jaxopt_models.tree import leaves_with_paths, map_with_path
 
 _ARCHITECTURE = "DFlashDraftModel"
@@ -50,10 +54,7 @@ _BESIDE = ("dflash_config", "num_target_layers", "auto_map")
 
 def is_dflash(directory: Path) -> bool:
     """Whether it holds such a head, by its config.json."""
-    try:
-        return _ARCHITECTURE in (read_config(directory).get("architectures") or ())
-    except UserError:
-        return False
+    return _ARCHITECTURE in (config_of(directory).get("architectures") or ())
 
 
 def read_dflash(
@@ -154,10 +155,8 @@ def export_dflash(
     Raises:
       UserError: for a directory that exists, and weights that are not finite in the dtype.
     """
-    with new_head(directory, overwrite) as scratch:
-        if jax.process_index() == 0:
-            write_sharded(scratch, _tensors(head, np.dtype(dtype)))
-            write_json(scratch / "config.json", _fields(head, target, jnp.dtype(dtype).name))
+    fields = _fields(head, target, jnp.dtype(dtype).name)
+    write_head(directory, fields, _tensors(head, np.dtype(dtype)), overwrite=overwrite)
 
 
 def _tensors(head: DFlash, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,6 +12,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import abstract_params, embed_tokens, init
 from jaxopt_models.speculative.dflash import DFlash
 from jaxopt_models.speculative.draft import Target
+from jaxopt_models.speculative.eagle3_params import last_gain
 
 
 def init_dflash(
@@ -46,12 +47,11 @@ def init_dflash(
     # Its embedding and output head are the model's.
     made = init(replace(own, vocab_size=1), key, jnp.float32)
     reads = len(chosen) * width
-    norm = target.params["norm"]["weight"].astype(jnp.float32)
     params = {
         "fc": {"weight": jax.random.normal(key, (width, reads), jnp.float32) * reads**-0.5},
         "hidden_norm": {"weight": jnp.ones(width, jnp.float32)},
         "layers": made["layers"],
-        "norm": {"weight": 1.0 + norm if config.unit_offset_norm else norm},
+        "norm": {"weight": last_gain(target)},
     }
     head = DFlash(own, params, chosen, block, mask_token, block - 1)
     head.check(config)

@@ -1,10 +1,12 @@
 """What guesses the next tokens, as the loop sees it."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
 from flax import struct
 
+from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
 from jaxopt_models.speculative.tree import Guess
@@ -16,6 +18,21 @@ class Target:
 
     config: ModelConfig = struct.field(pytree_node=False)
     params: Any
+
+
+@struct.dataclass
+class Prompted:
+    """What is known before the first guess.
+
+    Attributes:
+      tokens: int32 [B, W], padded on the right.
+      lengths: int32 [B], tokens of each prompt.
+      features: [B, W, F], of these tokens; the last one's are seen again.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    features: jax.Array
 
 
 @struct.dataclass
@@ -62,21 +79,12 @@ class Drafter(Protocol):
         """Raises UserError if it cannot guess for this model."""
         ...
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> Any:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> Any:
         """What it carries from pass to pass, any pytree.
 
         Args:
           target: the model that decides.
-          prompts: int32 [B, W], padded on the right.
-          lengths: int32 [B], tokens of each prompt.
-          features: [B, W, F], of the prompts' tokens; the last one's are seen again.
+          prompts: that it begins with.
           capacity: places of a row, guesses aside, which may run over it.
         """
         ...
@@ -94,3 +102,12 @@ class Drafter(Protocol):
             so, and a guess that shares it is right more often.
         """
         ...
+
+
+def check_layers(layers: Sequence[int], config: ModelConfig) -> None:
+    """Raises UserError unless the model has the layers that a head reads."""
+    if not all(0 <= i < config.num_layers for i in layers):
+        raise UserError(
+            f"the draft head reads layers {list(layers)}, and the model has {config.num_layers}; "
+            "it was made for another model"
+        )

@@ -18,7 +18,7 @@ from jaxopt_models.models.cache import KVCache, empty_cache
 from jaxopt_models.models.cached import decode_step, prefill
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.draft import Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Guess
 
 
@@ -55,17 +55,10 @@ class DraftModel:
     def layers(self) -> tuple[int, ...]:
         return ()
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> KVCache:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> KVCache:
         """Its cache, with the prompts."""
-        cache = empty_cache(self.config, self.params, prompts.shape[0], capacity)
-        return prefill(self.config, self.params, prompts, lengths, cache)[1]
+        cache = empty_cache(self.config, self.params, len(prompts.lengths), capacity)
+        return prefill(self.config, self.params, prompts.tokens, prompts.lengths, cache)[1]
 
     def propose(
         self, target: Target, state: KVCache, seen: Seen, sampler: Sampler

@@ -24,7 +24,7 @@ from jaxopt_models.models.block import feed_forward
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import output_head
 from jaxopt_models.ops import linear
-from jaxopt_models.speculative.draft import Target
+from jaxopt_models.speculative.draft import Target, check_layers
 from jaxopt_models.speculative.recurrent import RecurrentHead
 from kernels_pallas import rms_norm
 
@@ -50,17 +50,9 @@ class Eagle3(RecurrentHead):
     count: int = struct.field(pytree_node=False, default=5)
     norm_before_residual: bool = struct.field(pytree_node=False, default=False)
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count must be at least 1; it is {self.count}")
-
     def check(self, config: ModelConfig) -> None:
         """Raises UserError unless the model has the layers and the width that the head reads."""
-        if not all(0 <= i < config.num_layers for i in self.layers):
-            raise UserError(
-                f"the draft head reads layers {list(self.layers)}, and the model has "
-                f"{config.num_layers}; it was made for another model"
-            )
+        check_layers(self.layers, config)
         reads = self.params["fc"]["weight"].shape[-1]
         if reads != len(self.layers) * config.hidden_size:
             raise UserError(

@@ -18,13 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
-from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.speculative.eagle3 import Eagle3
 from jaxopt_models.speculative.eagle3_params import abstract_eagle3, default_layers
-from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
+from jaxopt_models.speculative.head_files import (
+    HeadTensors,
+    config_of,
+    read_config,
+    stored,
+    with_own_embedding,
+    write_head,
+)
 from jaxopt_models.tree import leaves_with_paths, map_with_path
 
 Layout = Literal["eagle3", "speculators"]
@@ -46,10 +51,7 @@ _OPTIONS = ("fc_norm", "norm_before_fc", "parallel_drafting")
 
 def is_eagle3(directory: Path) -> bool:
     """Whether it holds such a head, by its config.json."""
-    try:
-        named = read_config(directory).get("architectures") or ()
-    except UserError:
-        return False
+    named = config_of(directory).get("architectures") or ()
     return not set(_ARCHITECTURES).isdisjoint(named)
 
 
@@ -114,10 +116,8 @@ def export_eagle3(
     fields = _fields(head, target, jnp.dtype(dtype).name)
     if layout == "speculators":
         fields = _speculators(head, fields, verifier)
-    with new_head(directory, overwrite) as scratch:
-        if jax.process_index() == 0:
-            write_sharded(scratch, _tensors(head, target, layout, np.dtype(dtype)))
-            write_json(scratch / "config.json", fields)
+    tensors = _tensors(head, target, layout, np.dtype(dtype))
+    write_head(directory, fields, tensors, overwrite=overwrite)
 
 
 # Reading
@@ -161,10 +161,7 @@ def _read(tensors: HeadTensors, shapes: Any, target: ModelConfig) -> Any:
             return jnp.asarray(_vocabulary(tensors, expected.shape[0], target), jnp.int32)
         return tensors.weight(_name(path, layer), expected.shape)
 
-    if "embed_tokens.weight" in tensors.names:
-        size = target.vocab_size, shapes["norm"]["weight"].shape[0]
-        table = jax.ShapeDtypeStruct(size, jnp.float32)
-        shapes = shapes | {"embed_tokens": {"weight": table}}
+    shapes = with_own_embedding(shapes, tensors, "embed_tokens.weight", target.vocab_size)
     params = map_with_path(leaf, shapes)
     tensors.check_left_over("an EAGLE-3 head", ("t2d",))
     return params

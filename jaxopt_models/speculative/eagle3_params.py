@@ -54,11 +54,10 @@ def init_eagle3(
         "hidden_norm": {"weight": jnp.ones(width, jnp.float32)},
         "self_attn": layer["self_attn"] | projections,
     }
-    norm = target.params["norm"]["weight"].astype(jnp.float32)
     params = {
         "fc": drawn(width, len(chosen) * config.hidden_size),
         "layers": (layer,),
-        "norm": {"weight": 1.0 + norm if config.unit_offset_norm else norm},
+        "norm": {"weight": last_gain(target)},
         "lm_head": {"weight": head_rows(target, vocabulary, jnp.float32)},
         "vocabulary": vocabulary.astype(jnp.int32),
     }
@@ -77,6 +76,12 @@ def head_rows(target: Target, vocabulary: jax.Array, dtype: Any) -> jax.Array:
     weight = head["weight"]
     rows = weight if isinstance(weight, jax.Array) else effective_weight(weight)
     return rows[vocabulary].astype(dtype)
+
+
+def last_gain(target: Target) -> jax.Array:
+    """Of the model's last norm, float32 [D], as norms without an offset have it."""
+    gain = target.params["norm"]["weight"].astype(jnp.float32)
+    return 1.0 + gain if target.config.unit_offset_norm else gain
 
 
 def _own_config(config: ModelConfig, tokens: int, intermediate_size: int | None) -> ModelConfig:

@@ -18,7 +18,7 @@ from jax import lax
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Drafter, Seen, Target
+from jaxopt_models.speculative.draft import Drafter, Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Guess, Topology, topology
 
 # (level, nodes, who they continue) -> log of how likely each token is behind each, float32
@@ -91,17 +91,10 @@ class TreeDrafter:
                 "ahead; choose as many levels at most"
             )
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> Any:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> Any:
         """The head's, with room for a tree."""
         room = capacity + (self.depth - 1) * self.width
-        return self.head.begin(target, prompts, lengths, features, room)
+        return self.head.begin(target, prompts, room)
 
     def propose(
         self, target: Target, state: Any, seen: Seen, sampler: Sampler

@@ -1,8 +1,7 @@
 """Files of draft heads: config.json, tensors all of which are read, and values to write."""
 
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,10 @@ import numpy as np
 
 from jaxopt_models.checkpoint.atomic import new_directory
 from jaxopt_models.checkpoint.safetensors import open_index
+from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.checkpoint.weights import as_weight, check_shape
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_json
 from jaxopt_models.ops import effective_weight
 from jaxopt_models.tree import is_leaf
 
@@ -32,6 +33,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{file}: cannot be read (no JSON object); give the directory of a head")
     return fields
+
+
+def config_of(directory: Path) -> dict[str, Any]:
+    """The config.json of what may be a head; without fields where none can be read."""
+    try:
+        return read_config(directory)
+    except UserError:
+        return {}
 
 
 class HeadTensors:
@@ -81,9 +90,30 @@ def stored(name: str, leaf: Any, dtype: np.dtype) -> np.ndarray:
     return as_weight(f"tensor {name!r}", np.asarray(values), dtype)
 
 
-@contextmanager
-def new_head(directory: str | Path, overwrite: bool) -> Iterator[Path]:
-    """`atomic.new_directory` at a path that a user gave.
+def with_own_embedding(shapes: Any, tensors: HeadTensors, name: str, vocab_size: int) -> Any:
+    """Shapes of a head's parameters, with an embedding if the file has one under this name."""
+    if name not in tensors.names:
+        return shapes
+    size = vocab_size, shapes["norm"]["weight"].shape[0]
+    return shapes | {"embed_tokens": {"weight": jax.ShapeDtypeStruct(size, jnp.float32)}}
+
+
+def write_head(
+    directory: str | Path,
+    fields: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    overwrite: bool,
+    file: str | None = None,
+) -> None:
+    """Writes a head; the directory appears only when it is complete.
+
+    Args:
+      directory: as a user gave it.
+      fields: of its config.json.
+      tensors: names and values; asked for in the first process alone.
+      overwrite: whether a directory may be there.
+      file: name of the one file of tensors; None is safetensors in shards.
 
     Raises:
       UserError: for a directory that exists, unless it may be overwritten.
@@ -92,4 +122,10 @@ def new_head(directory: str | Path, overwrite: bool) -> Iterator[Path]:
     if path.exists() and not overwrite:
         raise UserError(f"{path}: already exists; choose another directory")
     with new_directory(path, overwrite=overwrite) as scratch:
-        yield scratch
+        if jax.process_index() == 0:
+            if file is None:
+                write_sharded(scratch, tensors)
+            else:
+                (written,) = write_sharded(scratch, tensors, max_shard_bytes=2**63)
+                written.rename(scratch / file)
+            write_json(scratch / "config.json", fields)

@@ -35,7 +35,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.sampling import Sampler
 from jaxopt_models.speculative.adaptive import Adaptive, run_adapted
-from jaxopt_models.speculative.draft import Drafter, Seen, Target
+from jaxopt_models.speculative.draft import Drafter, Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Topology, chain
 from jaxopt_models.speculative.verify import COUPLED, Verification
 
@@ -100,7 +100,7 @@ def _begun(
 ) -> tuple[Any, jax.Array]:
     """(what the drafter carries, the features of each prompt's last token)."""
     prompts, lengths = tokens[:, : features.shape[1]], length - 1
-    draft = drafter.begin(target, prompts, lengths, features, tokens.shape[1])
+    draft = drafter.begin(target, Prompted(prompts, lengths, features), tokens.shape[1])
     last = jnp.take_along_axis(features, (lengths - 1)[:, None, None], axis=1)
     return draft, jnp.pad(last, ((0, 0), (0, drafter.depth), (0, 0)))
 

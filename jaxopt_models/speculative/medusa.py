@@ -17,7 +17,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import logits
 from jaxopt_models.ops import linear
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.draft import Prompted, Seen, Target
 from jaxopt_models.speculative.eagle3_params import head_rows
 from jaxopt_models.speculative.tree import Guess
 
@@ -74,14 +74,7 @@ class Medusa:
                 "they were made for another model"
             )
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> None:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> None:
         """They carry nothing."""
 
     def propose(

@@ -10,15 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
-from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
+from jaxopt_models.speculative.head_files import (
+    HeadTensors,
+    config_of,
+    read_config,
+    stored,
+    write_head,
+)
 from jaxopt_models.speculative.medusa import Medusa
 
 _WEIGHTS = "medusa_lm_head.safetensors"
@@ -26,10 +29,7 @@ _WEIGHTS = "medusa_lm_head.safetensors"
 
 def is_medusa(directory: Path) -> bool:
     """Whether it holds such heads, by its config.json."""
-    try:
-        return "medusa_num_heads" in read_config(directory)
-    except UserError:
-        return False
+    return "medusa_num_heads" in config_of(directory)
 
 
 def read_medusa(directory: str | Path, target: ModelConfig, *, dtype: str = "float32") -> Medusa:
@@ -99,13 +99,8 @@ def export_medusa(
         "vocab_size": medusa.config.vocab_size,
         "torch_dtype": jnp.dtype(dtype).name,
     }
-    with new_head(directory, overwrite) as scratch:
-        if jax.process_index() == 0:
-            (written,) = write_sharded(
-                scratch, _tensors(heads, np.dtype(dtype)), max_shard_bytes=2**63
-            )
-            written.rename(scratch / _WEIGHTS)
-            write_json(scratch / "config.json", fields)
+    tensors = _tensors(heads, np.dtype(dtype))
+    write_head(directory, fields, tensors, overwrite=overwrite, file=_WEIGHTS)
 
 
 def _tensors(heads: Any, dtype: np.dtype) -> Iterator[tuple[str, np.ndarray]]:

@@ -44,10 +44,6 @@ class Mtp(RecurrentHead):
     layers: tuple[int, ...] = struct.field(pytree_node=False)
     count: int = struct.field(pytree_node=False, default=3)
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise UserError(f"count must be at least 1; it is {self.count}")
-
     def check(self, config: ModelConfig) -> None:
         """Raises UserError unless the head has the model's width and depth."""
         own, width = self.layers[0], self.config.hidden_size

@@ -11,15 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
-from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
-from jaxopt_models.speculative.head_files import HeadTensors, new_head, read_config, stored
+from jaxopt_models.speculative.head_files import (
+    HeadTensors,
+    config_of,
+    read_config,
+    stored,
+    with_own_embedding,
+    write_head,
+)
 from jaxopt_models.speculative.mtp import Mtp, abstract_mtp, own_config
 from jaxopt_models.tree import leaves_with_paths, map_with_path
 
@@ -28,10 +32,7 @@ _PREFIX = "mtp."
 
 def is_mtp(directory: Path) -> bool:
     """Whether it holds such a head, by its config.json."""
-    try:
-        return bool(read_config(directory).get("mtp_num_hidden_layers"))
-    except UserError:
-        return False
+    return bool(config_of(directory).get("mtp_num_hidden_layers"))
 
 
 def read_mtp(
@@ -58,9 +59,8 @@ def read_mtp(
         )
     config = replace(own_config(target), dtype=dtype)
     tensors, shapes = HeadTensors(directory, "an MTP head"), abstract_mtp(config, jnp.float32)
-    if f"{_PREFIX}embed_tokens.weight" in tensors.names:
-        table = jax.ShapeDtypeStruct((target.vocab_size, target.hidden_size), jnp.float32)
-        shapes = shapes | {"embed_tokens": {"weight": table}}
+    table = f"{_PREFIX}embed_tokens.weight"
+    shapes = with_own_embedding(shapes, tensors, table, target.vocab_size)
     params = map_with_path(lambda path, leaf: tensors.weight(_name(path), leaf.shape), shapes)
     others = {name for name in tensors.names if not name.startswith(_PREFIX)}
     tensors.check_left_over("an MTP head of this model", others)
@@ -96,11 +96,8 @@ def export_mtp(
         "torch_dtype": jnp.dtype(dtype).name,
     }
     names = ((_name(path), leaf) for path, leaf in leaves_with_paths(head.params))
-    with new_head(directory, overwrite) as scratch:
-        if jax.process_index() == 0:
-            values = ((name, stored(name, leaf, np.dtype(dtype))) for name, leaf in names)
-            write_sharded(scratch, values)
-            write_json(scratch / "config.json", fields)
+    tensors = ((name, stored(name, leaf, np.dtype(dtype))) for name, leaf in names)
+    write_head(directory, fields, tensors, overwrite=overwrite)
 
 
 def _name(path: str) -> str:

@@ -12,7 +12,7 @@ from flax import struct
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.draft import Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Guess
 
 
@@ -45,14 +45,7 @@ class NGram:
     def layers(self) -> tuple[int, ...]:
         return ()
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> None:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> None:
         """It carries nothing."""
 
     def propose(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxopt_models.errors import UserError
 from jaxopt_models.models import transformer
 from jaxopt_models.models.block import attention
 from jaxopt_models.models.cache import KVCache, LayerCache, empty_cache
@@ -23,7 +24,7 @@ from jaxopt_models.models.transformer import embed_tokens, positions_of
 from jaxopt_models.models.tree_attention import Branches
 from jaxopt_models.ops import embed
 from jaxopt_models.sampling import Sampler
-from jaxopt_models.speculative.draft import Seen, Target
+from jaxopt_models.speculative.draft import Prompted, Seen, Target
 from jaxopt_models.speculative.tree import Guess
 
 
@@ -41,6 +42,10 @@ class RecurrentHead:
     params: Any
     layers: Any
     count: Any
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"count must be at least 1; it is {self.count}")
 
     # What a subclass says
 
@@ -78,19 +83,14 @@ class RecurrentHead:
     def reach(self) -> None:
         """See `growth.Grower`."""
 
-    def begin(
-        self,
-        target: Target,
-        prompts: jax.Array,
-        lengths: jax.Array,
-        features: jax.Array,
-        capacity: int,
-    ) -> KVCache:
+    def begin(self, target: Target, prompts: Prompted, capacity: int) -> KVCache:
         """Its cache, with all of the prompts but their last tokens."""
-        (cache,) = empty_cache(self.config, self.params, prompts.shape[0], capacity)
-        behind, places = jnp.roll(prompts, -1, axis=1), positions_of(prompts)
+        tokens = prompts.tokens
+        (cache,) = empty_cache(self.config, self.params, len(tokens), capacity)
+        behind, places = jnp.roll(tokens, -1, axis=1), positions_of(tokens)
         embedded = embeddings(self, target, behind)
-        return (cached_layer(self, self.fused(features), embedded, places, cache)[1],)
+        states = self.fused(prompts.features)
+        return (cached_layer(self, states, embedded, places, cache)[1],)
 
     def propose(
         self, target: Target, state: KVCache, seen: Seen, sampler: Sampler

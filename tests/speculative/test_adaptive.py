@@ -20,6 +20,7 @@ from jaxopt_models.speculative import (
     Adaptive,
     DraftModel,
     NGram,
+    Prompted,
     Seen,
     Target,
     TreeDrafter,
@@ -150,7 +151,7 @@ def test_a_head_that_was_left_alone_has_kept_up():
     guess, _ = head.propose(own, state.draft.draft, seen, sampler)
     blank = empty_cache(LLAMA, PARAMS, 2, tokens.shape[1])
     _, _, features = prefill_with_features(LLAMA, PARAMS, tokens, length - 1, blank, head.layers)
-    fresh = head.begin(own, tokens, length - 1, features, tokens.shape[1])
+    fresh = head.begin(own, Prompted(tokens, length - 1, features), tokens.shape[1])
     last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
     anew = Seen(tokens, length, last, jnp.ones(2, jnp.int32))
     assert guess.tokens.tolist() == head.propose(own, fresh, anew, sampler)[0].tokens.tolist()

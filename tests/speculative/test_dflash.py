@@ -17,7 +17,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.qtensor import quantize_array
 from jaxopt_models.sampling import make_sampler, position_noise
-from jaxopt_models.speculative import DFlash, Seen, Target, TreeDrafter, init_dflash
+from jaxopt_models.speculative import DFlash, Prompted, Seen, Target, TreeDrafter, init_dflash
 from jaxopt_models.speculative.blocks import blocks
 from jaxopt_models.speculative.dflash import filled_in
 from jaxopt_models.speculative.dflash_params import default_layers
@@ -60,7 +60,7 @@ def alone(one: DFlash, own: Target, text: jax.Array, length: jax.Array) -> jax.A
     # Behind what is known, anything.
     known = (jnp.arange(LENGTH) < length - 1)[None, :, None]
     features = jnp.where(known, features, 100.0)
-    state = one.begin(own, tokens, lengths - 1, features, LENGTH)
+    state = one.begin(own, Prompted(tokens, lengths - 1, features), LENGTH)
     last = jnp.take_along_axis(features, (lengths - 2)[:, None, None], axis=1)
     seen = Seen(tokens, lengths, last, jnp.ones(1, jnp.int32))
     return filled_in(one, own, state, seen)[0][0]
@@ -183,7 +183,7 @@ def test_a_guess_is_that_of_the_whole_text_at_once(temperature):
     tokens = jax.random.randint(jax.random.key(0), (3, width), 0, 64)
     features = features_of(own, tokens, one.layers)
     propose = jax.jit(lambda state, seen: one.propose(own, state, seen, sampler))
-    fresh = jax.jit(lambda length: one.begin(own, tokens, length - 1, features, width))
+    fresh = jax.jit(lambda length: one.begin(own, Prompted(tokens, length - 1, features), width))
     length, state = jnp.asarray([1, 4, 8]), None
     for count in ([1, 1, 1], [1, 3, 5], [5, 1, 2], [2, 5, 5], [4, 4, 1]):
         count = jnp.asarray(count)
@@ -215,7 +215,7 @@ def test_a_tree_holds_the_chain():
 
     @jax.jit
     def guessed(draft: Any) -> Any:
-        state = draft.begin(own, tokens, length - 1, features, width)
+        state = draft.begin(own, Prompted(tokens, length - 1, features), width)
         return draft.propose(own, state, seen, sampler)[0]
 
     chain, branched = guessed(one).tokens, guessed(TreeDrafter(one, 2, 3, 10))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_by_one import one_by_one
 from small_models import GEMMA, LLAMA, PROMPTS, SIZES
 
 from jaxopt_models.errors import UserError
@@ -17,9 +18,8 @@ from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.speculative import Eagle3, Seen, Target, begin, init_eagle3, speculate
+from jaxopt_models.speculative import Eagle3, Prompted, Seen, Target, begin, init_eagle3, speculate
 from jaxopt_models.speculative.eagle3_params import default_layers
-from jaxopt_models.speculative.recurrent import cached_layer, embeddings
 from jaxopt_models.speculative.unrolled import unrolled
 
 # The tokens that a head of half the vocabulary may say.
@@ -42,20 +42,6 @@ def features_of(own: Target, tokens: Any, layers: Any, starts: Any = None) -> ja
     return jnp.concatenate([behind[i] for i in layers], axis=-1)
 
 
-def sequential(one: Eagle3, own: Target, tokens: jax.Array, features: Any, t: int, steps: int):
-    """x of each step from index t on, one token after the other beside a cache: [steps, D]."""
-    (cache,) = empty_cache(one.config, one.params, 1, 32)
-    places = jnp.arange(t + 1, dtype=jnp.int32)[None]
-    e = embeddings(one, own, tokens[:, 1 : t + 2])
-    x, cache = cached_layer(one, one.fused(features[:, : t + 1]), e, places, cache)
-    out = [x[:, -1:]]
-    for s in range(1, steps):
-        e = embeddings(one, own, tokens[:, t + 1 + s : t + 2 + s])
-        x, cache = cached_layer(one, out[-1], e, jnp.full((1, 1), t + s, jnp.int32), cache)
-        out.append(x)
-    return jnp.concatenate(out)[:, 0]
-
-
 @pytest.mark.parametrize("norm_before_residual", [False, True])
 @pytest.mark.parametrize("config", [LLAMA, GEMMA], ids=["llama", "gemma"])
 def test_what_is_trained_is_what_guesses(config, norm_before_residual):
@@ -70,7 +56,7 @@ def test_what_is_trained_is_what_guesses(config, norm_before_residual):
     together = unrolled(one, own, packed, features, steps, starts, remat=True)
     alone = features_of(own, documents[1], one.layers)
     for t in range(11 - steps):
-        expected = sequential(one, own, documents[1], alone, t, steps)
+        expected = one_by_one(one, own, documents[1], alone, t, steps)
         found = jnp.stack([x[0, 5 + t] for x in together])
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -91,7 +77,7 @@ def test_a_guess_is_that_of_the_whole_text_at_once(temperature, half):
         width = tokens.shape[1]
         blank = empty_cache(*model, 3, width)
         _, _, features = prefill_with_features(*model, tokens, length - 1, blank, one.layers)
-        fresh = one.begin(own, tokens, length - 1, features, width)
+        fresh = one.begin(own, Prompted(tokens, length - 1, features), width)
         last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
         anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
         expected, _ = one.propose(own, fresh, anew, sampler)

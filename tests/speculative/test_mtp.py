@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_by_one import one_by_one
 from small_models import GEMMA, LLAMA, PROMPTS
 
 from jaxopt_models.checkpoint.safetensors import open_index
@@ -21,9 +22,17 @@ from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import embed_tokens, hidden_states, init, logits
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.speculative import Mtp, Seen, Target, TreeDrafter, begin, init_mtp, speculate
+from jaxopt_models.speculative import (
+    Mtp,
+    Prompted,
+    Seen,
+    Target,
+    TreeDrafter,
+    begin,
+    init_mtp,
+    speculate,
+)
 from jaxopt_models.speculative.mtp_files import export_mtp, is_mtp, read_mtp
-from jaxopt_models.speculative.recurrent import cached_layer, embeddings
 from jaxopt_models.speculative.unrolled import unrolled
 
 # Norms before and behind each half of a layer, with an offset; a soft cap on scores.
@@ -69,20 +78,6 @@ def test_a_head_is_the_formula(config):
     np.testing.assert_allclose(one.logits(own, found)[:, :-1], said[:, :-1], atol=1e-3)
 
 
-def sequential(one: Mtp, own: Target, tokens: jax.Array, hidden: Any, t: int, steps: int):
-    """x of each step from index t on, one token after the other beside a cache: [steps, D]."""
-    (cache,) = empty_cache(one.config, one.params, 1, 32)
-    places = jnp.arange(t + 1, dtype=jnp.int32)[None]
-    e = embeddings(one, own, tokens[:, 1 : t + 2])
-    x, cache = cached_layer(one, one.fused(hidden[:, : t + 1]), e, places, cache)
-    out = [x[:, -1:]]
-    for s in range(1, steps):
-        e = embeddings(one, own, tokens[:, t + 1 + s : t + 2 + s])
-        x, cache = cached_layer(one, out[-1], e, jnp.full((1, 1), t + s, jnp.int32), cache)
-        out.append(x)
-    return jnp.concatenate(out)[:, 0]
-
-
 @pytest.mark.parametrize("config", [LLAMA, CAPPED], ids=["llama", "gemma"])
 def test_what_is_trained_is_what_guesses(config):
     """Every step from every place of a text, beside one token after the other with a cache; also
@@ -95,7 +90,7 @@ def test_what_is_trained_is_what_guesses(config):
     together = unrolled(one, own, packed, hidden, steps, starts, remat=True)
     alone = hidden_states(config, own.params, documents[1])
     for t in range(11 - steps):
-        expected = sequential(one, own, documents[1], alone, t, steps)
+        expected = one_by_one(one, own, documents[1], alone, t, steps)
         found = jnp.stack([x[0, 5 + t] for x in together])
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -113,7 +108,7 @@ def test_a_guess_is_that_of_the_whole_text_at_once():
         width = tokens.shape[1]
         blank = empty_cache(*model, 3, width)
         _, _, features = prefill_with_features(*model, tokens, length - 1, blank, one.layers)
-        fresh = one.begin(own, tokens, length - 1, features, width)
+        fresh = one.begin(own, Prompted(tokens, length - 1, features), width)
         last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
         anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
         expected, _ = one.propose(own, fresh, anew, sampler)

@@ -69,7 +69,7 @@ class Noise:
     def check(self, config: ModelConfig) -> None:
         pass
 
-    def begin(self, target: Any, prompts: Any, lengths: Any, features: Any, capacity: int) -> Any:
+    def begin(self, target: Any, prompts: Any, capacity: int) -> Any:
         return jnp.zeros((), jnp.int32)
 
     def propose(self, target: Any, state: Any, seen: Any, sampler: Any) -> Any:

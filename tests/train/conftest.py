@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 from tiny import CONFIG, quantized, sure_model
 
+from jaxopt_models.generate import generate
 from jaxopt_models.models.config import ModelConfig
+from jaxopt_models.speculative import Target
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +23,20 @@ def tiny_params():
 @pytest.fixture(scope="session")
 def tiny_quantized(tiny_params):
     return quantized(tiny_params)
+
+
+@pytest.fixture(scope="session")
+def target(tiny_params) -> Target:
+    """That heads are trained for."""
+    return Target(CONFIG, tiny_params)
+
+
+@pytest.fixture(scope="session")
+def text(target):
+    """What it says, sampled: int32 [32, 24]."""
+    prompts = [[i] for i in range(32)]
+    said = generate(CONFIG, target.params, prompts, max_new_tokens=23, temperature=0.5)
+    return jnp.asarray([p + row for p, row in zip(prompts, said.tokens, strict=True)], jnp.int32)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import jaxopt_models as jom
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import forward, forward_with_taps
-from jaxopt_models.speculative import Target, init_eagle3, init_medusa, init_mtp
+from jaxopt_models.speculative import init_eagle3, init_medusa, init_mtp
 from jaxopt_models.speculative.eagle3_files import read_eagle3
 from jaxopt_models.speculative.medusa_files import read_medusa
 from jaxopt_models.speculative.mtp_files import read_mtp
@@ -31,19 +31,6 @@ from jaxopt_models.train.settings import RunSettings
 from jaxopt_models.train.step import make_train_step, start
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def target():
-    return Target(CONFIG, sure_model(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def text(target):
-    """What the model says, sampled: [32, 24]."""
-    prompts = [[i] for i in range(32)]
-    said = jom.generate(CONFIG, target.params, prompts, max_new_tokens=23, temperature=0.5)
-    return jnp.asarray([p + row for p, row in zip(prompts, said.tokens, strict=True)], jnp.int32)
 
 
 def features_of(target, tokens, layers):

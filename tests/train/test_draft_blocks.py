@@ -17,7 +17,7 @@ import jaxopt_models as jom
 from jaxopt_models.distill.logit_loss import LogitLoss
 from jaxopt_models.errors import UserError
 from jaxopt_models.models.transformer import forward, hidden_states_with_layers
-from jaxopt_models.speculative import Target, init_dflash
+from jaxopt_models.speculative import init_dflash
 from jaxopt_models.speculative.blocks import blocks
 from jaxopt_models.speculative.dflash_files import read_dflash
 from jaxopt_models.train.block_objective import _chosen, block_loss
@@ -30,19 +30,6 @@ from jaxopt_models.train.step import make_train_step, start
 
 BLOCK, MASK = 4, 63
 NOW = jnp.zeros((), jnp.int32)
-
-
-@pytest.fixture(scope="module")
-def target():
-    return Target(CONFIG, sure_model(CONFIG))
-
-
-@pytest.fixture(scope="module")
-def text(target):
-    """What the model says, sampled: [32, 24]."""
-    prompts = [[i] for i in range(32)]
-    said = jom.generate(CONFIG, target.params, prompts, max_new_tokens=23, temperature=0.5)
-    return jnp.asarray([p + row for p, row in zip(prompts, said.tokens, strict=True)], jnp.int32)
 
 
 def new_head(target):
