@@ -6,7 +6,22 @@ from typing import Annotated, Any, Literal
 import typer
 
 from jaxopt_models import report
-from jaxopt_models.cli_options import JsonOption, LengthOption, named_values
+from jaxopt_models.cli_options import (
+    EvaluationTextOption,
+    EveryOption,
+    JsonOption,
+    LengthOption,
+    LimitOption,
+    PackingOption,
+    RateOption,
+    RowsOption,
+    SeedsOption,
+    StepsOption,
+    TrainingDtypeOption,
+    TrainingTextOption,
+    WindowsOption,
+    named_values,
+)
 
 
 def bench_training(
@@ -56,25 +71,19 @@ def bench_training(
 
 
 def bench_qad(
-    text: Annotated[
-        str, typer.Option(help="Training text: a file, also of documents, builtin, or hf:NAME.")
-    ],
-    evaluation: Annotated[str, typer.Option(help="Evaluation text, not trained on.")],
+    text: TrainingTextOption,
+    evaluation: EvaluationTextOption,
     model: Annotated[str, typer.Option(help="As in eval.")] = "smollm2-135m",
     format: Annotated[
         list[str] | None,
         typer.Option("--format", help="Preset or YAML; may be repeated; else nvfp4 and int4."),
     ] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option("--seed", min=0, help="May be repeated; else 0 1 2.")
-    ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of each run.")] = 400,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")] = 16,
+    seed: SeedsOption = None,
+    steps: StepsOption = 400,
+    batch: RowsOption = 16,
     length: LengthOption = 512,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="That training computes in.")
-    ] = "bfloat16",
-    learning_rate: Annotated[float, typer.Option(min=0, help="The highest.")] = 1e-4,
+    dtype: TrainingDtypeOption = "bfloat16",
+    learning_rate: RateOption = 1e-4,
     qat_learning_rate: Annotated[
         float | None, typer.Option(min=0, help="The highest of QAT, if it is another.")
     ] = None,
@@ -98,19 +107,13 @@ def bench_qad(
     scales: Annotated[
         Literal["dynamic", "static", "learned", "learned_untied"], typer.Option(help="Of weights.")
     ] = "dynamic",
-    packing: Annotated[
-        Literal["stream", "documents"], typer.Option(help="Of rows of training.")
-    ] = "stream",
+    packing: PackingOption = "stream",
     calib: Annotated[
         str, typer.Option(help="Calibration text: a file, builtin, or hf:NAME.")
     ] = "builtin",
-    windows: Annotated[int, typer.Option(min=1, help="Evaluation windows.")] = 64,
-    every: Annotated[
-        int | None, typer.Option(min=1, help="Steps between evaluations; else at the end only.")
-    ] = None,
-    limit: Annotated[
-        float | None, typer.Option(min=0, help="Seconds; nothing is begun that would take longer.")
-    ] = None,
+    windows: WindowsOption = 64,
+    every: EveryOption = None,
+    limit: LimitOption = None,
     json: JsonOption = None,
 ) -> None:
     """Train under quantization for the text and for what the unquantized model says, and compare.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -40,6 +40,36 @@ DtypeOption = Annotated[
 ]
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]
+
+# Of benches that train.
+TrainingTextOption = Annotated[
+    str,
+    typer.Option("--text", help="Training text: a file, also of documents, builtin, or hf:NAME."),
+]
+EvaluationTextOption = Annotated[
+    str, typer.Option("--evaluation", help="Evaluation text, not trained on.")
+]
+SeedsOption = Annotated[
+    list[int] | None, typer.Option("--seed", min=0, help="May be repeated; else 0 1 2.")
+]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Of each run.")]
+RowsOption = Annotated[int, typer.Option("--batch", min=1, help="Rows of a step.")]
+TrainingDtypeOption = Annotated[
+    Literal["float32", "bfloat16"], typer.Option("--dtype", help="That training computes in.")
+]
+RateOption = Annotated[float, typer.Option("--learning-rate", min=0, help="The highest.")]
+PackingOption = Annotated[
+    Literal["stream", "documents"], typer.Option("--packing", help="Of rows of training.")
+]
+WindowsOption = Annotated[int, typer.Option("--windows", min=1, help="Evaluation windows.")]
+EveryOption = Annotated[
+    int | None,
+    typer.Option("--every", min=1, help="Steps between evaluations; else at the end only."),
+]
+LimitOption = Annotated[
+    float | None,
+    typer.Option("--limit", min=0, help="Seconds; nothing is begun that would take longer."),
+]
 
 
 def refuse_existing(paths: Mapping[str, Path | None]) -> None:

@@ -29,10 +29,10 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.progress import Progress, silent
 from jaxopt_models.prune.candidates import BASELINE, Candidate
-from jaxopt_models.prune.prune_report import PruneReport
-from jaxopt_models.prune.run import prune
-from jaxopt_models.prune.settings import Keep, PruneSettings, Search
+from jaxopt_models.prune.cut import Cutter
+from jaxopt_models.prune.settings import PruneSettings
 from jaxopt_models.prune.sizes import cost_of
+from jaxopt_models.prune.stages import Stages
 from jaxopt_models.prune.teaching import lesson_rows
 from jaxopt_models.train.loop import Step
 from jaxopt_models.train.model_job import make_step
@@ -118,34 +118,38 @@ class _Bench:
         """The row of the uniform candidate, then that of the search, which is the last: with it
         both are complete."""
         plan = plan.model_copy(update={"seed": seed})
+        assert plan.budget is not None  # `_check`
         begun = time.perf_counter()
-        picked, report = self._pruned(plan)
-        minutes = (time.perf_counter() - begun) / 60
-        assert report.chosen is not None  # by a budget
-        named = {"axis": name, "seed": seed, "search_minutes": minutes}
-        compared = (one.candidate for one in report.candidates)
+        cutter = self._cutter(plan)
+        scores = cutter.importance()
+        cut = cutter.to_budget(plan.budget, scores)
+        named = {"axis": name, "seed": seed, "search_minutes": (time.perf_counter() - begun) / 60}
+        assert cut.chosen is not None  # by a budget
+        compared = (one.candidate for one in cut.scored)
         uniform = next((one for one in compared if one.name == BASELINE), None)
-        if uniform is not None and report.chosen.name != BASELINE:
-            layers = self.teacher.config.num_layers
-            student, _ = self._pruned(_without_search(plan, uniform, layers))
+        if uniform is not None and cut.chosen.name != BASELINE:
+            student = self._student(*cutter.slice(uniform, scores))
             yield named | {"method": BASELINE} | self._taught(student, uniform, name, seed)
-        yield named | {"method": "search"} | self._taught(picked, report.chosen, name, seed)
+        student = self._student(cut.config, cut.params)
+        yield named | {"method": "search"} | self._taught(student, cut.chosen, name, seed)
 
-    def _pruned(self, plan: PruneSettings) -> tuple[Model, PruneReport]:
+    def _cutter(self, plan: PruneSettings) -> Cutter:
         def batches(text: str, count: int) -> Sequence[Any]:
             return token_batches(self.teacher, text, count, plan.length, plan.batch)
 
-        config, params, report = prune(
+        other = self.settings.evaluation.text
+        return Cutter(
             self.teacher,
             plan,
             batches(load_text(plan.text, "calibration"), plan.windows),
-            batches(
-                load_text(self.settings.evaluation.text, "evaluation"), plan.evaluation.windows
-            ),
+            batches(load_text(other, "evaluation"), plan.evaluation.windows),
             self.progress,
-            training=lesson_rows(self.teacher, plan),
+            Stages(),
+            lesson_rows(self.teacher, plan),
         )
-        return replace(self.teacher, config=config, params=params), report
+
+    def _student(self, config: ModelConfig, params: Any) -> Model:
+        return replace(self.teacher, config=config, params=params)
 
     def _taught(self, student: Model, kept: Candidate, name: str, seed: int) -> dict[str, Any]:
         """Figures before and after distillation, and the run."""
@@ -201,13 +205,6 @@ def figures(ppl_teacher: float, curve: Sequence[Mapping[str, float]]) -> dict[st
         "kl_distilled": after["kl"],
         "ppl_recovered": 1.0 - left / lost,
     }
-
-
-def _without_search(plan: PruneSettings, candidate: Candidate, layers: int) -> PruneSettings:
-    """The plan that cuts out the uniform candidate of a model of so many layers."""
-    kept = candidate.as_dict()["keep"] | {"layers": layers - len(candidate.dropped)}
-    changes = {"keep": Keep(**kept), "budget": None, "axes": None, "search": Search()}
-    return plan.model_copy(update=changes)
 
 
 def _check(name: str, plan: PruneSettings) -> None:

@@ -10,7 +10,7 @@ from jaxopt_models.bench.quality_results import device
 from jaxopt_models.bench.result_file import read_results
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
-from jaxopt_models.train.checkpoints import first_difference
+from jaxopt_models.settings import first_difference
 
 
 class ResultRows:

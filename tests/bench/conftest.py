@@ -1,6 +1,7 @@
 """A model of one layer whose tokens are bytes, and an interpreter that plays peers."""
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,13 @@ CONFIG = ModelConfig.from_hf(
 @pytest.fixture(scope="session")
 def tiny_model(byte_tokenizer) -> Model:
     return Model(CONFIG, init(CONFIG, jax.random.key(0), jnp.float32), byte_tokenizer, "tiny")
+
+
+@pytest.fixture(scope="session")
+def sure_model(tiny_model) -> Model:
+    """As sure of its predictions as a trained one."""
+    table = tiny_model.params["embed_tokens"]["weight"]
+    return replace(tiny_model, params=tiny_model.params | {"embed_tokens": {"weight": 20 * table}})
 
 
 # An interpreter that, whatever script it is to run, answers for three peers of which one crashes.

@@ -1,10 +1,10 @@
 """Pruning and distillation on a tiny model: what a row says, what is kept, what is refused."""
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from short_runs import short_run, write_texts
 
 from jaxopt_models import data
 from jaxopt_models.bench import pruning
@@ -19,38 +19,16 @@ from jaxopt_models.prune.sizes import cost_of
 from jaxopt_models.train.settings import RunSettings
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    """As sure of its predictions as a trained model."""
-    table = tiny_model.params["embed_tokens"]["weight"]
-    return replace(tiny_model, params=tiny_model.params | {"embed_tokens": {"weight": 20 * table}})
-
-
-def texts(home, model, monkeypatch):
-    (home / "train.txt").write_text("To learn is human, as they say. " * 40)
-    (home / "eval.txt").write_text("To evaluate, divine: let us see how it goes. " * 10)
-    monkeypatch.setattr(pruning, "load", lambda name: model)
-    return home
-
-
 @pytest.fixture
-def folder(model, monkeypatch, tmp_path):
-    return texts(tmp_path, model, monkeypatch)
+def folder(sure_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(pruning, "load", lambda name: sure_model)
+    return write_texts(tmp_path)
 
 
 def settings(folder, **more: Any) -> RunSettings:
-    known = {
-        "model": "tiny",
-        "text": str(folder / "train.txt"),
-        "length": 16,
-        "batch": 4,
-        "steps": 12,
-        "optimizer": {"learning_rate": 3e-3},
-        "evaluation": {
-            "text": str(folder / "eval.txt"), "windows": 4, "length": 16, "every": 6,
-        },
-    }  # fmt: skip
-    return RunSettings.of(known | more)
+    evaluation = {"text": str(folder / "eval.txt"), "windows": 4, "length": 16, "every": 6}
+    known = {"steps": 12, "optimizer": {"learning_rate": 3e-3}, "evaluation": evaluation}
+    return short_run(folder, **known | more)
 
 
 def plan(folder, **more: Any) -> PruneSettings:
@@ -69,23 +47,26 @@ def plan(folder, **more: Any) -> PruneSettings:
 
 
 @pytest.fixture(scope="module")
-def measured(model, tmp_path_factory):
+def measured(sure_model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        home = texts(tmp_path_factory.mktemp("pruning"), model, patch)
+        home = write_texts(tmp_path_factory.mktemp("pruning"))
+        patch.setattr(pruning, "load", lambda name: sure_model)
         out = home / "pruning.json"
         return out, bench_pruning(settings(home), {"width": plan(home)}, (0,), out=out)
 
 
-def test_what_rows_say(measured, model):
+def test_what_rows_say(measured, sure_model):
     file, result = measured
     assert json.loads(file.read_text()) == result
     assert [(row["axis"], row["method"], row["seed"]) for row in result["rows"]] == [
         ("width", "search", 0),
         ("width", BASELINE, 0),
     ]
-    whole = cost_of(model.params, "parameters")
-    evaluation = data.token_batches(model, data.load_text(str(file.parent / "eval.txt")), 4, 16, 4)
-    teacher = evaluate(model.config, model.params, evaluation).perplexity
+    whole = cost_of(sure_model.params, "parameters")
+    evaluation = data.token_batches(
+        sure_model, data.load_text(str(file.parent / "eval.txt")), 4, 16, 4
+    )
+    teacher = evaluate(sure_model.config, sure_model.params, evaluation).perplexity
     for row in result["rows"]:
         assert row["params"] == row["kept"]["cost"] <= 0.9 * whole
         assert row["share"] == row["params"] / whole and row["ppl_teacher"] == teacher
@@ -96,18 +77,18 @@ def test_what_rows_say(measured, model):
         assert row["train_tokens"] == 12 * 4 * 16
 
 
-def test_the_uniform_row_is_of_the_uniform_candidate(measured, model):
+def test_the_uniform_row_is_of_the_uniform_candidate(measured, sure_model):
     """Cut out here by hand, it is measured as the row says."""
     file, result = measured
     home = file.parent
     row = next(row for row in result["rows"] if row["method"] == BASELINE)
     text = data.load_text(str(home / "train.txt"), "calibration")
-    calibration = data.token_batches(model, text, 4, 16, 4)
-    scores = importance(model.config, model.params, calibration)
+    calibration = data.token_batches(sure_model, text, 4, 16, 4)
+    scores = importance(sure_model.config, sure_model.params, calibration)
     masks = explicit(Target(**row["kept"]["keep"], multiple=8), scores).masks(scores)
-    config, params = slice_model(model.config, model.params, masks, uniform=True)
-    evaluation = data.token_batches(model, data.load_text(str(home / "eval.txt")), 4, 16, 4)
-    found = evaluate(config, params, evaluation, model.params)
+    config, params = slice_model(sure_model.config, sure_model.params, masks, uniform=True)
+    evaluation = data.token_batches(sure_model, data.load_text(str(home / "eval.txt")), 4, 16, 4)
+    found = evaluate(config, params, evaluation, sure_model.params)
     assert found.perplexity == pytest.approx(row["ppl_pruned"], rel=1e-5)
 
 
@@ -141,7 +122,7 @@ def test_a_bench_that_was_cut_off_goes_on(untaught, measured, monkeypatch):
     after = bench_pruning(settings(untaught), plans, (0,), out=file, say=said.append)
     assert [line.partition(":")[0] for line in said] == ["width, search, seed 0"]
     assert after["rows"][1] == uniform[0] and after["rows"][0]["ppl_recovered"] == 0.0
-    monkeypatch.setattr(pruning, "prune", None)  # all of it is there: nothing is pruned
+    monkeypatch.setattr(pruning, "Cutter", None)  # all of it is there: nothing is pruned
     assert bench_pruning(settings(untaught), plans, (0,), out=file) == after
 
 

@@ -2,10 +2,10 @@
 
 import json
 import sys
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from short_runs import short_run, write_texts
 
 from jaxopt_models import cli, data
 from jaxopt_models.bench import qad
@@ -15,47 +15,18 @@ from jaxopt_models.evaluate import evaluate
 from jaxopt_models.quantize.ptq import quantize
 from jaxopt_models.quantize.recipe import Recipe
 from jaxopt_models.train import model_job
-from jaxopt_models.train.settings import RunSettings
 
 RECIPE = "int4"
 
 
-@pytest.fixture(scope="module")
-def model(tiny_model):
-    """As sure of its predictions as a trained model."""
-    table = tiny_model.params["embed_tokens"]["weight"]
-    return replace(tiny_model, params=tiny_model.params | {"embed_tokens": {"weight": 20 * table}})
-
-
-def texts(home, model, monkeypatch):
-    (home / "train.txt").write_text("To learn is human, as they say. " * 40)
-    (home / "eval.txt").write_text("To evaluate, divine: let us see how it goes. " * 10)
-    monkeypatch.setattr(qad, "load", lambda name: model)
-    return home
-
-
 @pytest.fixture
-def folder(model, monkeypatch, tmp_path):
-    return texts(tmp_path, model, monkeypatch)
-
-
-def settings(folder, **more: Any) -> RunSettings:
-    known = {
-        "model": "tiny",
-        "text": str(folder / "train.txt"),
-        "length": 16,
-        "batch": 4,
-        "steps": 6,
-        "optimizer": {"learning_rate": 1e-3},
-        "evaluation": {
-            "text": str(folder / "eval.txt"), "windows": 4, "length": 16, "every": 3,
-        },
-    }  # fmt: skip
-    return RunSettings.of(known | more)
+def folder(sure_model, monkeypatch, tmp_path):
+    monkeypatch.setattr(qad, "load", lambda name: sure_model)
+    return write_texts(tmp_path)
 
 
 @pytest.fixture(scope="module")
-def measured(model, tmp_path_factory):
+def measured(sure_model, tmp_path_factory):
     """Rows of two seeds with the text in one place, and how often a loss was traced for them."""
     traced = []
 
@@ -65,13 +36,14 @@ def measured(model, tmp_path_factory):
 
     next_token_loss = model_job.next_token_loss
     with pytest.MonkeyPatch.context() as patch:
-        home = texts(tmp_path_factory.mktemp("qad"), model, patch)
+        home = write_texts(tmp_path_factory.mktemp("qad"))
+        patch.setattr(qad, "load", lambda name: sure_model)
         patch.setattr(model_job, "next_token_loss", counting)
-        result = bench_qad(settings(home), [RECIPE], (0, 1), out=home / "qad.json")
+        result = bench_qad(short_run(home), [RECIPE], (0, 1), out=home / "qad.json")
     return home / "qad.json", result, len(traced)
 
 
-def test_what_a_row_says(measured, model):
+def test_what_a_row_says(measured, sure_model):
     file, result, _ = measured
     assert json.loads(file.read_text()) == result
     assert [(row["format"], row["seed"]) for row in result["rows"]] == [
@@ -79,10 +51,10 @@ def test_what_a_row_says(measured, model):
         ("int4-g128", 1),
     ]
     text = data.load_text(str(file.parent / "eval.txt"))
-    batches = data.token_batches(model, text, 4, 16, 4)
-    quantized, _ = quantize(model, Recipe.load(RECIPE))
-    ptq = evaluate(model.config, quantized, batches, model.params)
-    teacher = evaluate(model.config, model.params, batches)
+    batches = data.token_batches(sure_model, text, 4, 16, 4)
+    quantized, _ = quantize(sure_model, Recipe.load(RECIPE))
+    ptq = evaluate(sure_model.config, quantized, batches, sure_model.params)
+    teacher = evaluate(sure_model.config, sure_model.params, batches)
     for row in result["rows"]:
         assert (row["ppl_teacher"], row["ppl_ptq"]) == (teacher.perplexity, ptq.perplexity)
         assert (row["kl_ptq"], row["train_tokens"]) == (ptq.kl, 6 * 4 * 16)
@@ -105,22 +77,22 @@ def test_seeds_share_what_is_compiled(measured):
     assert measured[2] == 2  # QAT and QAD
 
 
-def test_training_may_begin_with_a_better_algorithm(folder, model):
+def test_training_may_begin_with_a_better_algorithm(folder, sure_model):
     begins = {RECIPE: "int4_gptq"}
-    own = settings(folder, scales="static")  # dynamic ones would not be those of the algorithm
+    own = short_run(folder, scales="static")  # dynamic ones would not be those of the algorithm
     result = bench_qad(own, [RECIPE], (0,), begins=begins)
     (row,) = result["rows"]
     assert (row["recipe"], row["begin"]) == (RECIPE, "int4_gptq")
     assert result["protocol"]["begins"] == begins
 
     def measured(recipe: str) -> float | None:
-        known = settings(folder).calibration
+        known = short_run(folder).calibration
         text = data.load_text(known.text, "calibration")
-        batches = data.token_batches(model, text, known.windows, known.length, 4)
-        quantized, _ = quantize(model, Recipe.load(recipe), batches)
+        batches = data.token_batches(sure_model, text, known.windows, known.length, 4)
+        quantized, _ = quantize(sure_model, Recipe.load(recipe), batches)
         text = data.load_text(str(folder / "eval.txt"))
-        batches = data.token_batches(model, text, 4, 16, 4)
-        return evaluate(model.config, quantized, batches, model.params).kl
+        batches = data.token_batches(sure_model, text, 4, 16, 4)
+        return evaluate(sure_model.config, quantized, batches, sure_model.params).kl
 
     assert row["kl_ptq"] == measured(RECIPE)
     for mode in ("qat", "qad"):
@@ -131,7 +103,7 @@ def test_training_may_begin_with_a_better_algorithm(folder, model):
 
 def test_training_begins_with_the_same_format(folder):
     with pytest.raises(UserError, match=r"'int4' \(int4-g128\) cannot begin with 'nvfp4_awq'"):
-        bench_qad(settings(folder), [RECIPE], begins={RECIPE: "nvfp4_awq"})
+        bench_qad(short_run(folder), [RECIPE], begins={RECIPE: "nvfp4_awq"})
 
 
 def test_shares_of_what_was_lost():
@@ -157,16 +129,16 @@ def test_a_run_that_was_cut_off_goes_on(untrained, measured, monkeypatch):
     file = untrained / "qad.json"
     file.write_text(json.dumps(before | {"rows": before["rows"][:1]}))  # the text is elsewhere now
     said = []
-    after = bench_qad(settings(untrained), [RECIPE], (0, 1), out=file, say=said.append)
+    after = bench_qad(short_run(untrained), [RECIPE], (0, 1), out=file, say=said.append)
     assert after["rows"][0] == before["rows"][0]
     assert [line.partition(":")[0] for line in said] == ["int4-g128, seed 1"]
     assert after["rows"][1]["kl_recovered"] == 0.0 and json.loads(file.read_text()) == after
     monkeypatch.setattr(qad, "student_of", None)  # all of it is there: nothing is quantized
-    assert bench_qad(settings(untrained), [RECIPE], (1, 0), out=file) == after
+    assert bench_qad(short_run(untrained), [RECIPE], (1, 0), out=file) == after
 
 
 def test_the_limit_is_kept_by_what_the_row_before_took(untrained):
-    result = bench_qad(settings(untrained), [RECIPE], (0, 1), limit=1e-3)
+    result = bench_qad(short_run(untrained), [RECIPE], (0, 1), limit=1e-3)
     assert [row["seed"] for row in result["rows"]] == [0]
 
 
@@ -182,13 +154,13 @@ def test_other_protocols_do_not_mix(folder, measured, more, key):
     if "text" in more:
         more = {"text": str(folder / "eval.txt")}
     with pytest.raises(UserError, match=f"another {key}"):
-        bench_qad(settings(folder, **more), [RECIPE], out=measured[0])
+        bench_qad(short_run(folder, **more), [RECIPE], out=measured[0])
 
 
 def test_other_files_are_refused(folder):
     (folder / "other.json").write_text("{}")
     with pytest.raises(UserError, match=r"other.json.*no results of this bench"):
-        bench_qad(settings(folder), [RECIPE], out=folder / "other.json")
+        bench_qad(short_run(folder), [RECIPE], out=folder / "other.json")
 
 
 def test_the_command(untrained, monkeypatch, capsys):
