@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxopt_models.errors import UserError
 
@@ -29,3 +32,10 @@ def write_text(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes an .npz file whole or not at all."""
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.npz")
+    np.savez(temporary, **arrays)
+    temporary.replace(path)

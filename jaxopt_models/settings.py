@@ -1,7 +1,7 @@
 """Settings in YAML: values set from a command line, and mistakes in one sentence."""
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,6 +70,11 @@ def _descend(node: Any, part: str, assignment: str, field_of: Callable[[str], st
     if not isinstance(child, dict | list):
         raise UserError(f"override {assignment!r}: {part!r} holds a value, not fields")
     return child
+
+
+def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """Name of the first setting in which two runs differ."""
+    return next((name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)), None)
 
 
 def read_settings[S: Strict](

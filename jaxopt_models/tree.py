@@ -113,6 +113,11 @@ def checksum(arrays: Iterable[Any]) -> int:
     return total
 
 
+def fingerprints(arrays: Iterable[Any]) -> list[list[Any]]:
+    """[shape, CRC-32] of each array, JSON values."""
+    return [[list(array.shape), checksum([array])] for array in arrays]
+
+
 def bits_per_weight(params: Any) -> float:
     """Stored bits over represented weights of the matrices inside decoder layers.
 

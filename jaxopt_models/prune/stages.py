@@ -10,7 +10,6 @@ ends as one that was not interrupted.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -25,9 +24,10 @@ import numpy as np
 from jaxopt_models import tree
 from jaxopt_models.checkpoint import native
 from jaxopt_models.errors import UserError
-from jaxopt_models.files import write_json
+from jaxopt_models.files import write_arrays, write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
+from jaxopt_models.settings import first_difference
 
 # Name of a piece of work and what does it -> its JSON value, remembered or new.
 Remember = Callable[[str, Callable[[], Any]], Any]
@@ -45,8 +45,8 @@ def run_of(model: Model, **texts: Sequence[Any] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"jax": jax.__version__, "config": model.config.to_json()}
     found["model"] = tree.checksum(jax.tree.leaves(model.params))
     for name, batches in texts.items():
-        arrays = [np.asarray(batch, np.int32) for batch in (() if batches is None else batches)]
-        found[name] = [[list(array.shape), tree.checksum([array])] for array in arrays]
+        arrays = (np.asarray(batch, np.int32) for batch in (() if batches is None else batches))
+        found[name] = tree.fingerprints(arrays)
     return found
 
 
@@ -110,9 +110,7 @@ class Stages:
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {str(i): a for i, a in enumerate(jax.tree.leaves(made))}
         arrays |= {_HEADER: json.dumps(header)}
-        scratch = path.with_name(f".{path.stem}.tmp-{os.getpid()}.npz")
-        np.savez(scratch, **arrays)
-        scratch.replace(path)
+        write_arrays(path, arrays)
         return made
 
     def model(
@@ -141,12 +139,12 @@ class Stages:
         return UserError(f"{path} is damaged ({error}); remove {self.directory} to begin anew")
 
     def _check(self, path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-        for name in {**theirs, **ours}:
-            if theirs.get(name) != ours.get(name):
-                raise UserError(
-                    f"{path} was made with another {name}; go on with the same, or remove "
-                    f"{self.directory} to begin anew"
-                )
+        name = first_difference(theirs, ours)
+        if name is not None:
+            raise UserError(
+                f"{path} was made with another {name}; go on with the same, or remove "
+                f"{self.directory} to begin anew"
+            )
 
 
 def remove(directory: Path) -> None:

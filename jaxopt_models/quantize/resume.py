@@ -20,10 +20,11 @@ import numpy as np
 
 from jaxopt_models.checkpoint import leaf_kinds
 from jaxopt_models.errors import UserError
+from jaxopt_models.files import write_arrays
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.quantize.layer import TensorReport
 from jaxopt_models.quantize.recipe import Recipe
-from jaxopt_models.tree import checksum
+from jaxopt_models.tree import checksum, fingerprints
 
 
 def signature(
@@ -39,7 +40,7 @@ def signature(
         {
             "config": config.to_json(),
             "recipe": recipe.model_dump(mode="json"),
-            "text": [[list(batch.shape), checksum([batch])] for batch in batches],
+            "text": fingerprints(batches),
             "embedding": checksum(jax.tree.leaves(embedding)) if batches else None,
             "jax": jax.__version__,
         },
@@ -122,10 +123,7 @@ class LayerStore:
             "source": checksum(jax.tree.leaves(source)),
             "arrays": checksum(flat),
         }
-        scratch = path.with_suffix(f".tmp-{os.getpid()}.npz")
-        arrays: dict[str, Any] = {str(i): array for i, array in enumerate(flat)}
-        np.savez(scratch, **arrays)
-        scratch.replace(path.with_suffix(".npz"))
+        write_arrays(path.with_suffix(".npz"), {str(i): array for i, array in enumerate(flat)})
         _write(path, json.dumps(entry).encode())
 
     def _path(self, index: int) -> Path:

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxopt_models import tree
 from jaxopt_models.errors import UserError
+from jaxopt_models.settings import first_difference
 from jaxopt_models.train.step import TrainState
 
 _POLICIES = ocp.training.preservation_policies
@@ -153,11 +154,6 @@ class Checkpoints:
                     f"{self.directory / str(step)} holds {found} for {path!r}, and this run has "
                     f"{described}; resume with the model, optimizer and leaves it began with"
                 )
-
-
-def first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """Name of the first setting in which two runs differ."""
-    return next((name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)), None)
 
 
 def _described(array: jax.Array) -> list[Any]:

@@ -25,9 +25,10 @@ from jaxopt_models.distributed import agree
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.progress import Progress, silent
+from jaxopt_models.settings import first_difference
 from jaxopt_models.sharding import make_mesh
 from jaxopt_models.sharding_rules import AXES
-from jaxopt_models.train.checkpoints import Checkpoints, first_difference
+from jaxopt_models.train.checkpoints import Checkpoints
 from jaxopt_models.train.draft_job import draft_job
 from jaxopt_models.train.job import Job
 from jaxopt_models.train.loop import Log, Pace, fit
