@@ -38,6 +38,7 @@ from jaxopt_models.train.loop import Step
 from jaxopt_models.train.model_job import make_step
 from jaxopt_models.train.rows import training_rows
 from jaxopt_models.train.settings import RunSettings
+from jaxopt_models.train.student import with_masters
 
 SEEDS = (0, 1, 2)
 _KEYS = ("axis", "method", "seed")
@@ -149,7 +150,8 @@ class _Bench:
         )
 
     def _student(self, config: ModelConfig, params: Any) -> Model:
-        return replace(self.teacher, config=config, params=params)
+        trained = self.settings.trained, self.settings.freeze
+        return replace(self.teacher, config=config, params=with_masters(params, *trained))
 
     def _taught(self, student: Model, kept: Candidate, name: str, seed: int) -> dict[str, Any]:
         """Figures before and after distillation, and the run."""

@@ -35,7 +35,7 @@ def student_of(
     params = student.params
     if settings.adapters is not None:
         params = _adapted(settings.adapters, params, settings.seed)
-    params = _wide(params, settings.trained, settings.freeze)
+    params = with_masters(params, settings.trained, settings.freeze)
     if any(isinstance(term.loss, HiddenLoss) for term in settings.terms(technique)):
         configs = student.config, teacher.config
         params = with_projection(params, *configs, jax.random.key(settings.seed))
@@ -89,7 +89,7 @@ def _quantized(settings: RunSettings, teacher: Model, progress: Progress) -> Any
     return fake_quantized(masters, quantized, settings.scales, settings.gradient)
 
 
-def _wide(params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()) -> Any:
+def with_masters(params: Any, train: Sequence[str] = ("*",), freeze: Sequence[str] = ()) -> Any:
     """With all that is trained in float32; scales stay as they are stored."""
     trained, frozen = partition(params, train, freeze)
     return combine(jax.tree.map(lambda array: array.astype(jnp.float32), trained), frozen)

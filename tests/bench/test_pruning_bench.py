@@ -1,8 +1,11 @@
 """Pruning and distillation on a tiny model: what a row says, what is kept, what is refused."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from short_runs import short_run, write_texts
 
@@ -75,6 +78,14 @@ def test_what_rows_say(measured, sure_model):
         assert (row["kl_pruned"], row["kl_distilled"]) == (curve[0]["kl"], curve[-1]["kl"])
         assert row["kl_distilled"] < 0.9 * row["kl_pruned"]
         assert row["train_tokens"] == 12 * 4 * 16
+
+
+def test_a_model_in_bfloat16_is_trained_in_float32(folder, sure_model, monkeypatch):
+    narrow = jax.tree.map(lambda array: array.astype(jnp.bfloat16), sure_model.params)
+    monkeypatch.setattr(pruning, "load", lambda name: replace(sure_model, params=narrow))
+    result = bench_pruning(settings(folder), {"width": plan(folder)}, (0,))
+    for row in result["rows"]:
+        assert row["kl_distilled"] < 0.9 * row["kl_pruned"]
 
 
 def test_the_uniform_row_is_of_the_uniform_candidate(measured, sure_model):
