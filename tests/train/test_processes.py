@@ -45,7 +45,8 @@ def _in_processes(count: int, *command: str) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         where = f"localhost:{probe.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    options = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": options}
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "jaxopt_models", *command]
