@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -76,7 +77,12 @@ def run(tmp_path_factory, byte_tokenizer):
     params = jom.init(config, jax.random.key(0))
     params |= {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
     jom.save(folder / "teacher", config, params, byte_tokenizer)
-    settings = RUN | {"model": str(folder / "teacher")}
+    text = {"text": str(folder / "text.txt")}
+    Path(text["text"]).write_text(
+        "All that is gold does not glitter, not all who wander are lost. " * 99
+    )
+    settings = RUN | text | {"model": str(folder / "teacher")}
+    settings["evaluation"] = RUN["evaluation"] | text
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     command = ["train", "qad", "--config", str(folder / "run.yaml"), "--out", str(folder / "out")]
     return RunSettings.model_validate(settings), folder / "out", _in_processes(2, *command)
