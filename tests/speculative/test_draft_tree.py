@@ -12,7 +12,7 @@ from small_models import GEMMA, LLAMA, MIXTRAL, PROMPTS, SLIDING
 
 from jaxopt_models.generate import generate
 from jaxopt_models.models.cache import empty_cache
-from jaxopt_models.models.cached import decode_step, decode_step_with_features, prefill
+from jaxopt_models.models.cached import decode_step_with_features, prefill
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import init
@@ -58,7 +58,7 @@ def test_the_way_is_the_longest_on_which_all_is_right(shape):
     own = parents if shape == "rows" else parents[:1]
     tree = chain(count) if shape == "chain" else topology(own.astype(np.int32), deepest)
     arrays = jnp.asarray(tokens, jnp.int32), tree, jnp.asarray(chosen, jnp.int32)
-    path, right = follow(*arrays, deepest)
+    path, right = map(np.asarray, follow(*arrays, deepest))
     lengths = set()
     for row in range(rows):
         expected = walked(tokens[row], parents[row], chosen[row])
@@ -85,27 +85,26 @@ def test_a_topology_has_depths_and_ancestors():
 @pytest.mark.parametrize("config", [LLAMA, SLIDING, GEMMA], ids=["llama", "sliding", "gemma"])
 def test_a_branch_is_run_as_if_it_were_the_text(config):
     model, capacity = params(config), 32
+    step = jax.jit(decode_step_with_features, static_argnames=("config", "layers"))
     rows = [[int(t) for t in np.arange(n) * 5 % 64] for n in (3, 9)]
     prompts = jnp.asarray([row + [0] * (16 - len(row)) for row in rows], jnp.int32)
     lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
     blank = empty_cache(config, model, 2, capacity)
-    _, cache = prefill(config, model, prompts, lengths, blank)
+    _, cache = jax.jit(prefill, static_argnames=("config",))(config, model, prompts, lengths, blank)
     nodes = jax.random.randint(jax.random.key(1), (2, len(PARENTS) + 1), 0, 64)
     tree = topology(np.asarray([PARENTS], np.int32), DEEPEST)
     depth, seen = (jnp.repeat(x, 2, axis=0) for x in (tree.depth, tree.ancestors))
     branches = Branches(lengths, depth, seen)
     layers = (0, config.num_layers)
-    own, _, features = decode_step_with_features(
-        config, model, nodes, branches.positions, cache, layers, branches
-    )
+    own, _, features = step(config, model, nodes, branches.positions, cache, layers, branches)
     for node in range(nodes.shape[1]):
         way = np.flatnonzero(tree.ancestors[0, node])
         at = lengths[:, None] + jnp.arange(len(way), dtype=jnp.int32)[None]
-        alone, _, its = decode_step_with_features(config, model, nodes[:, way], at, cache, layers)
+        alone, _, its = step(config, model, nodes[:, way], at, cache, layers)
         np.testing.assert_allclose(own[:, node], alone[:, -1], atol=2e-5)
         np.testing.assert_allclose(features[:, node], its[:, -1], atol=2e-5)
     assert features.shape[-1] == 2 * config.hidden_size
-    logits, _ = decode_step(config, model, nodes, branches.positions, cache)
+    logits, _, _ = step(config, model, nodes, branches.positions, cache, layers)
     assert np.abs(np.asarray(logits - own)).max() > 1e-2  # a chain is something else
 
 
@@ -164,10 +163,11 @@ def test_tokens_are_those_of_plain_generation(config):
 
 
 def test_of_a_quantized_cache_too():
+    one = ModelConfig.from_hf(LLAMA.to_hf() | {"num_hidden_layers": 1})
     calibration = [jnp.asarray([PROMPTS[2]], jnp.int32)]
-    model, _ = quantize(Model(LLAMA, params(LLAMA)), Recipe.load("nvfp4_kv"), calibration)
-    oracle, plain = told(LLAMA, model, MIXED)
-    found = generate(LLAMA, model, PROMPTS, draft=oracle, **MIXED)
+    model, _ = quantize(Model(one, params(one)), Recipe.load("nvfp4_kv"), calibration)
+    oracle, plain = told(one, model, MIXED)
+    found = generate(one, model, PROMPTS, draft=oracle, **MIXED)
     assert found.tokens == plain and found.acceptance_length == [14 / 5] * 3
 
 

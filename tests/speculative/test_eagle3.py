@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_by_one import one_by_one
+from one_by_one import guesses, one_by_one
 from small_models import GEMMA, LLAMA, PROMPTS, SIZES
 
 from jaxopt_models.errors import UserError
 from jaxopt_models.generate import generate
-from jaxopt_models.models.cache import empty_cache
-from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import hidden_states_with_layers, init
 from jaxopt_models.sampling import make_sampler
-from jaxopt_models.speculative import Eagle3, Prompted, Seen, Target, begin, init_eagle3, speculate
+from jaxopt_models.speculative import Eagle3, Target, begin, init_eagle3, speculate
 from jaxopt_models.speculative.eagle3_params import default_layers
 from jaxopt_models.speculative.unrolled import unrolled
 
 # The tokens that a head of half the vocabulary may say.
 HALF = jnp.asarray(np.arange(1, 64, 2), jnp.int32)
+
+every_place = jax.jit(unrolled, static_argnames=("steps", "remat"))
 
 
 @functools.cache
@@ -37,6 +37,7 @@ def head(config: ModelConfig = LLAMA, half: bool = False, count: int = 4) -> Eag
     return init_eagle3(target(config), jax.random.key(3), vocabulary=vocabulary, count=count)
 
 
+@functools.partial(jax.jit, static_argnames=("layers",))
 def features_of(own: Target, tokens: Any, layers: Any, starts: Any = None) -> jax.Array:
     _, behind = hidden_states_with_layers(own.config, own.params, tokens, layers, starts)
     return jnp.concatenate([behind[i] for i in layers], axis=-1)
@@ -53,7 +54,7 @@ def test_what_is_trained_is_what_guesses(config, norm_before_residual):
     starts = jnp.asarray([[0] * 5 + [5] * 11], jnp.int32)
     packed = jnp.concatenate(documents, axis=1)
     features = features_of(own, packed, one.layers, starts)
-    together = unrolled(one, own, packed, features, steps, starts, remat=True)
+    together = every_place(one, own, packed, features, steps, starts, remat=True)
     alone = features_of(own, documents[1], one.layers)
     for t in range(11 - steps):
         expected = one_by_one(one, own, documents[1], alone, t, steps)
@@ -68,21 +69,11 @@ def test_a_guess_is_that_of_the_whole_text_at_once(temperature, half):
     own, one = target(), head(half=half)
     sampler = make_sampler(3, temperature=temperature)
     model = own.config, own.params
-    state = begin(*model, PROMPTS, 40, sampler, (), one)
-    counts = set()
+    state, counts = begin(*model, PROMPTS, 40, sampler, (), one), set()
     for _ in range(6):
-        tokens, length = state.decode.tokens, state.decode.length
-        seen = Seen(tokens, length, state.features, state.count)
-        guess, _ = one.propose(own, state.draft, seen, sampler)
-        width = tokens.shape[1]
-        blank = empty_cache(*model, 3, width)
-        _, _, features = prefill_with_features(*model, tokens, length - 1, blank, one.layers)
-        fresh = one.begin(own, Prompted(tokens, length - 1, features), width)
-        last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
-        anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
-        expected, _ = one.propose(own, fresh, anew, sampler)
-        assert guess.tokens.tolist() == expected.tokens.tolist()
-        assert not half or np.isin(guess.tokens, HALF).all()
+        guess, expected = guesses(one, own, state, sampler)
+        assert guess.tolist() == expected.tolist()
+        assert not half or np.isin(guess, HALF).all()
         counts |= set(state.count.tolist())
         state = speculate(*model, state, one, sampler, (), 1)
     assert temperature == 0 or half or len(counts) > 1

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from one_by_one import behind
 from small_models import LLAMA, PROMPTS
 
 from jaxopt_models.errors import UserError
@@ -16,7 +17,6 @@ from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.transformer import init
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import Eagle3, Seen, Target, TreeDrafter, begin, init_eagle3
-from jaxopt_models.speculative.recurrent import cached_layer, embeddings
 
 
 @functools.cache
@@ -30,34 +30,30 @@ def head() -> Eagle3:
     return init_eagle3(target(), jax.random.key(3), vocabulary=vocabulary)
 
 
-def log_p(tokens: list[int], features: np.ndarray) -> np.ndarray:
-    """Of the tokens of the head's vocabulary behind a text, of whose first tokens the model's
-    features are known; what the head says itself stands for the others."""
+@jax.jit
+def log_p(tokens: jax.Array, features: jax.Array, known: int, count: int) -> jax.Array:
+    """Of the tokens of the head's vocabulary behind the first `count` tokens of int32 [T], of whose
+    first `known` the model's features [T, F] are known; what the head says itself stands for the
+    others."""
     own, one = target(), head()
-    known, count = len(features), len(tokens) - 1
-    (cache,) = empty_cache(one.config, one.params, 1, count)
-    embedded = embeddings(one, own, jnp.asarray([tokens[1:]], jnp.int32))
-    at = jnp.arange(known, dtype=jnp.int32)[None]
-    hidden = one.fused(jnp.asarray(features)[None])
-    x, cache = cached_layer(one, hidden, embedded[:, :known], at, cache)
-    x = x[:, -1:]
-    for place in range(known, count):
-        at = jnp.full((1, 1), place, jnp.int32)
-        x, cache = cached_layer(one, x, embedded[:, place : place + 1], at, cache)
-    return np.asarray(jax.nn.log_softmax(one.logits(own, x))[0, 0])
+    x = behind(one, own, tokens[None], features[None], known - 1, len(tokens))[None]
+    return jax.nn.log_softmax(one.logits(own, x)[0, count - 2])
 
 
-def searched(text: list[int], features: np.ndarray, width: int, depth: int, count: int):
-    """The ways to the most likely nodes, as tuples of tokens: a beam search, one text at a time."""
+def searched(text: list[int], features: jax.Array, width: int, depth: int, count: int):
+    """The ways to the most likely nodes, as tuples of tokens: a beam search, one text at a time.
+    Features [T, F] are the model's of the text and of what is behind it, which is not read."""
     vocabulary = np.asarray(head().params["vocabulary"])
     beam: list[tuple[tuple[int, ...], float]] = [((), 0.0)]
     seen: dict[tuple[int, ...], float] = {}
     for _ in range(depth):
         more = {}
         for way, score in beam:
-            behind = log_p([*text, *way], features)
-            for best in np.argsort(-behind)[:width]:
-                more[*way, int(vocabulary[best])] = score + float(behind[best])
+            tokens = np.zeros(len(features), np.int32)
+            tokens[: len(text) + len(way)] = [*text, *way]
+            found = np.asarray(log_p(tokens, features, len(text) - 1, len(text) + len(way)))
+            for best in np.argsort(-found)[:width]:
+                more[*way, int(vocabulary[best])] = score + float(found[best])
         seen |= more
         beam = sorted(more.items(), key=lambda item: -item[1])[:width]
     return set(sorted(seen, key=lambda way: -seen[way])[:count])
@@ -70,7 +66,7 @@ def test_the_most_likely_nodes_grow():
     state = begin(own.config, own.params, PROMPTS, 8, sampler, (), drafter)
     decode = state.decode
     seen = Seen(decode.tokens, decode.length, state.features, state.count)
-    guess, _ = drafter.propose(own, state.draft, seen, sampler)
+    guess, _ = jax.jit(TreeDrafter.propose)(drafter, own, state.draft, seen, sampler)
     assert guess.topology is not None and guess.tokens.shape == (3, count)
     model, (tokens, length) = (own.config, own.params), (decode.tokens, decode.length)
     blank = empty_cache(*model, 3, tokens.shape[1])
@@ -82,7 +78,7 @@ def test_the_most_likely_nodes_grow():
             for seen_by in guess.topology.ancestors[row, 1:]
         }
         text = tokens[row, :end].tolist()
-        assert ways == searched(text, np.asarray(features[row, : end - 1]), width, depth, count)
+        assert ways == searched(text, features[row], width, depth, count)
         assert len({len(way) for way in ways}) > 1
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from one_by_one import one_by_one
+from one_by_one import guesses, one_by_one
 from small_models import GEMMA, LLAMA, PROMPTS
 
 from jaxopt_models.checkpoint.safetensors import open_index
@@ -17,15 +17,11 @@ from jaxopt_models.checkpoint.safetensors_writer import write_sharded
 from jaxopt_models.errors import UserError
 from jaxopt_models.generate import generate
 from jaxopt_models.models.block import block
-from jaxopt_models.models.cache import empty_cache
-from jaxopt_models.models.cached import prefill_with_features
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.transformer import embed_tokens, hidden_states, init, logits
 from jaxopt_models.sampling import make_sampler
 from jaxopt_models.speculative import (
     Mtp,
-    Prompted,
-    Seen,
     Target,
     TreeDrafter,
     begin,
@@ -34,6 +30,9 @@ from jaxopt_models.speculative import (
 )
 from jaxopt_models.speculative.mtp_files import export_mtp, is_mtp, read_mtp
 from jaxopt_models.speculative.unrolled import unrolled
+
+every_place = jax.jit(unrolled, static_argnames=("steps", "remat"))
+states_of = jax.jit(hidden_states, static_argnames=("config",))
 
 # Norms before and behind each half of a layer, with an offset; a soft cap on scores.
 CAPPED = replace(GEMMA, attention_softcap=3.0)
@@ -62,8 +61,8 @@ def test_a_head_is_the_formula(config):
     """Beside the model's own kind of layer, between the two halves of the formula in numpy."""
     own, one = target(config), head(config)
     tokens = jax.random.randint(jax.random.key(0), (2, 9), 0, 64)
-    hidden = hidden_states(config, own.params, tokens)
-    (found,) = unrolled(one, own, tokens, hidden, 1)
+    hidden = states_of(config, own.params, tokens)
+    (found,) = every_place(one, own, tokens, hidden, 1)
     e = np.asarray(embed_tokens(config, own.params, jnp.roll(tokens, -1, axis=1)), np.float64)
     parts = (
         normed(config, one.params["pre_fc_norm_embedding"], e),
@@ -86,9 +85,9 @@ def test_what_is_trained_is_what_guesses(config):
     documents = [jax.random.randint(jax.random.key(n), (1, n), 0, 64) for n in (5, 11)]
     starts = jnp.asarray([[0] * 5 + [5] * 11], jnp.int32)
     packed = jnp.concatenate(documents, axis=1)
-    hidden = hidden_states(config, own.params, packed, starts)
-    together = unrolled(one, own, packed, hidden, steps, starts, remat=True)
-    alone = hidden_states(config, own.params, documents[1])
+    hidden = states_of(config, own.params, packed, starts)
+    together = every_place(one, own, packed, hidden, steps, starts, remat=True)
+    alone = states_of(config, own.params, documents[1])
     for t in range(11 - steps):
         expected = one_by_one(one, own, documents[1], alone, t, steps)
         found = jnp.stack([x[0, 5 + t] for x in together])
@@ -102,17 +101,8 @@ def test_a_guess_is_that_of_the_whole_text_at_once():
     sampler, model = make_sampler(3, temperature=1.0), (own.config, own.params)
     state, counts = begin(*model, PROMPTS, 40, sampler, (), one), set()
     for _ in range(6):
-        tokens, length = state.decode.tokens, state.decode.length
-        seen = Seen(tokens, length, state.features, state.count)
-        guess, _ = one.propose(own, state.draft, seen, sampler)
-        width = tokens.shape[1]
-        blank = empty_cache(*model, 3, width)
-        _, _, features = prefill_with_features(*model, tokens, length - 1, blank, one.layers)
-        fresh = one.begin(own, Prompted(tokens, length - 1, features), width)
-        last = jnp.take_along_axis(features, (length - 2)[:, None, None], axis=1)
-        anew = Seen(tokens, length, last, jnp.ones(3, jnp.int32))
-        expected, _ = one.propose(own, fresh, anew, sampler)
-        assert guess.tokens.tolist() == expected.tokens.tolist()
+        guess, expected = guesses(one, own, state, sampler)
+        assert guess.tolist() == expected.tolist()
         counts |= set(state.count.tolist())
         state = speculate(*model, state, one, sampler, (), 1)
     assert len(counts) > 1

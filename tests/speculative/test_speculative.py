@@ -150,12 +150,16 @@ def test_of_windows_and_experts_too(config):
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "int4", "int8", "nvfp4_kv"])
 def test_of_quantized_models_with_quantized_drafts_too(recipe):
+    """Of a layer, since quantization makes large programs of small models."""
+    one = ModelConfig.from_hf(LLAMA.to_hf() | {"num_hidden_layers": 1})
     calibration = [jnp.asarray([PROMPTS[2]], jnp.int32)]
-    model, _ = quantize(Model(LLAMA, params(LLAMA)), Recipe.load(recipe), calibration)
+    model, _ = quantize(Model(one, params(one)), Recipe.load(recipe), calibration)
     options: dict[str, Any] = {"max_new_tokens": 24} | SAMPLING["mixed"]
-    expected = generate(LLAMA, model, ROWS, **options).tokens
-    for draft in ("ngram", DraftModel(LLAMA, model, 3), DraftModel(LLAMA, params(LLAMA), 3)):
-        assert generate(LLAMA, model, ROWS, draft=draft, **options).tokens == expected
+    expected = generate(one, model, ROWS, **options).tokens
+    # A draft of other leaves than the model's makes no other program of the model.
+    unlike = [DraftModel(one, params(one), 3)] if recipe == "int4" else []
+    for draft in ("ngram", DraftModel(one, model, 3), *unlike):
+        assert generate(one, model, ROWS, draft=draft, **options).tokens == expected
 
 
 # How good a guess is

@@ -1,13 +1,30 @@
 """A tiny model, its NVFP4 twin, and batches of text that can be learnt."""
 
+from collections.abc import Iterator
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import CONFIG, quantized, sure_model
 
+from jaxopt_models import data
+from jaxopt_models.builtin_text import builtin_text
 from jaxopt_models.generate import generate
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.speculative import Target
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_builtin_text() -> Iterator[None]:
+    """Parts of it that are read and tokenized at once, for runs that name no text."""
+
+    def part(split: str = "calibration") -> str:
+        whole = builtin_text("evaluation")
+        return whole[:30_000] if split == "calibration" else whole[-30_000:]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "builtin_text", part)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,8 +31,11 @@ from jaxopt_models.train.settings import RunSettings
 from jaxopt_models.train.step import make_train_step, start
 
 STEPS = 3
+forward_of = jax.jit(forward, static_argnames="config")
+every_place = jax.jit(unrolled, static_argnames="steps")
 
 
+@partial(jax.jit, static_argnames=("layers",))
 def features_of(target, tokens, layers):
     names = [f"layers/{i}/output" for i in layers]
     _, taps = forward_with_taps(target.config, target.params, tokens, names)
@@ -50,14 +53,14 @@ def test_the_loss_is_what_it_says(target, text, kind):
     mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, tokens.shape), jnp.float32)
     loss = draft_loss(CONFIG, head, [Term(LogitLoss(kind), 2.0)], steps=STEPS, decay=0.5)
     batch = {"tokens": tokens, "mask": mask, "starts": starts}
-    found = loss(head.params, target.params, batch, jnp.zeros((), jnp.int32))
+    found = jax.jit(loss)(head.params, target.params, batch, jnp.zeros((), jnp.int32))
     total, refused, count = 0.0, np.zeros(STEPS), 0.0
     for row, first, end in ((0, 0, length), (1, 0, cut), (1, cut, length)):
         own = tokens[row, first:end][None]
-        said = forward(CONFIG, target.params, own)[0][:, vocabulary]
+        said = forward_of(CONFIG, target.params, own)[0][:, vocabulary]
         p = np.asarray(jax.nn.softmax(said), np.float64)
         features = features_of(target, own, head.layers)
-        for s, x in enumerate(unrolled(head, target, own, features, STEPS)):
+        for s, x in enumerate(every_place(head, target, own, features, STEPS)):
             q = np.asarray(jax.nn.softmax(head.logits(target, x)[0]), np.float64)
             for t in range(end - first - 2 - s):
                 weight, its = float(mask[row, first + t + 2 + s]), p[t + 1 + s]
@@ -121,8 +124,8 @@ def test_medusa_heads_learn_the_same_places(target, text):
     medusa = init_medusa(target, STEPS)
     loss = draft_loss(CONFIG, medusa, steps=STEPS, decay=0.5)
     batch, step = {"tokens": text[:3]}, jnp.zeros((), jnp.int32)
-    found = loss(medusa.params, target.params, batch, step)
-    log_p = np.asarray(jax.nn.log_softmax(forward(CONFIG, target.params, text[:3])), np.float64)
+    found = jax.jit(loss)(medusa.params, target.params, batch, step)
+    log_p = np.asarray(jax.nn.log_softmax(forward_of(CONFIG, target.params, text[:3])), np.float64)
     total = 0.0
     for s in range(STEPS):  # new heads say what the model does
         p, q = log_p[:, 1 + s : -1], log_p[:, : -2 - s]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import CONFIG
+from tiny import ONE_LAYER, quantized, sure_model
 
 import jaxopt_models as jom
 from jaxopt_models import data, tree
@@ -37,19 +37,30 @@ _TAPS = ("self_attn/key", "self_attn/value")
 
 
 @pytest.fixture(scope="module")
+def tiny_params() -> Any:
+    """Of a layer, since a cache is calibrated, trained under and read in each layer alike."""
+    return sure_model(ONE_LAYER)
+
+
+@pytest.fixture(scope="module")
+def tiny_quantized(tiny_params) -> Any:
+    return quantized(tiny_params)
+
+
+@pytest.fixture(scope="module")
 def caches(tiny_params, tokens) -> dict[str, list[KVQuantizer]]:
     """Calibrated on the tokens, for each layer."""
     wanted = [f"layers/*/{tap}" for tap in _TAPS]
     taps = jax.jit(forward_with_taps, static_argnums=(0, 3))(
-        CONFIG, tiny_params, tokens, tuple(wanted)
+        ONE_LAYER, tiny_params, tokens, tuple(wanted)
     )[1]
 
     def layer(choice: KVChoice, i: int) -> KVQuantizer:
         seen = {tap: taps[f"layers/{i}/{tap}"] for tap in _TAPS}
-        return kv_quantizer(CONFIG, choice, jax.jit(kv_measure(choice.rotate))(seen))
+        return kv_quantizer(ONE_LAYER, choice, jax.jit(kv_measure(choice.rotate))(seen))
 
     return {
-        name: [layer(choice, i) for i in range(CONFIG.num_layers)]
+        name: [layer(choice, i) for i in range(ONE_LAYER.num_layers)]
         for name, choice in CHOICES.items()
     }
 
@@ -65,10 +76,10 @@ def decoded(params: Any, tokens: jax.Array) -> jax.Array:
 
     def step(cache: Any, position: jax.Array) -> Any:
         at = jnp.full((rows, 1), position, jnp.int32)
-        logits, cache = decode_step(CONFIG, params, tokens[:, position][:, None], at, cache)
+        logits, cache = decode_step(ONE_LAYER, params, tokens[:, position][:, None], at, cache)
         return cache, logits[:, 0]
 
-    blank = empty_cache(CONFIG, params, rows, length)
+    blank = empty_cache(ONE_LAYER, params, rows, length)
     _, logits = jax.lax.scan(step, blank, jnp.arange(length, dtype=jnp.int32))
     return jnp.swapaxes(logits, 0, 1)
 
@@ -77,10 +88,10 @@ def decoded(params: Any, tokens: jax.Array) -> jax.Array:
 def test_training_and_decoding_see_the_same(name, caches, tiny_params, tiny_quantized, tokens):
     fakes = fake_quantized(tiny_params, with_kv_cache(tiny_quantized, caches[name]))
     run = jax.jit(forward, static_argnums=0)
-    trained, folded = run(CONFIG, fakes, tokens), fold(fakes)
-    assert np.array_equal(trained, run(CONFIG, folded, tokens))
+    trained, folded = run(ONE_LAYER, fakes, tokens), fold(fakes)
+    assert np.array_equal(trained, run(ONE_LAYER, folded, tokens))
     np.testing.assert_allclose(decoded(folded, tokens), trained, atol=1e-4)
-    bare = run(CONFIG, fake_quantized(tiny_params, tiny_quantized), tokens)
+    bare = run(ONE_LAYER, fake_quantized(tiny_params, tiny_quantized), tokens)
     assert np.abs(bare - trained).max() > 1e-3  # it does round
 
 
@@ -91,7 +102,7 @@ def test_a_step_moves_the_weights_and_leaves_the_cache(caches, tiny_params, tiny
     with pytest.raises(UserError, match="nothing that can be trained"):
         partition(fakes, train=("*/kv_cache/*",))
     optimizer = optax.adamw(1e-3, weight_decay=0.1)  # which shrinks what has no gradient
-    step = make_train_step(next_token_loss(CONFIG), optimizer)
+    step = make_train_step(next_token_loss(ONE_LAYER), optimizer)
     state, metrics = step(start(fakes, optimizer), tiny_params, {"tokens": tokens})
     assert np.isfinite(metrics["gradient_norm"]) and metrics["skipped"] == 0
     assert all(map(np.array_equal, cache_leaves(state.params), cache_leaves(fakes)))

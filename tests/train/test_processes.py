@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +46,8 @@ def _in_processes(count: int, *command: str) -> list[str]:
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         where = f"localhost:{probe.getsockname()[1]}"
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    options = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": options}
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "jaxopt_models", *command]
@@ -75,7 +77,12 @@ def run(tmp_path_factory, byte_tokenizer):
     params = jom.init(config, jax.random.key(0))
     params |= {"embed_tokens": {"weight": 20 * params["embed_tokens"]["weight"]}}
     jom.save(folder / "teacher", config, params, byte_tokenizer)
-    settings = RUN | {"model": str(folder / "teacher")}
+    text = {"text": str(folder / "text.txt")}
+    Path(text["text"]).write_text(
+        "All that is gold does not glitter, not all who wander are lost. " * 99
+    )
+    settings = RUN | text | {"model": str(folder / "teacher")}
+    settings["evaluation"] = RUN["evaluation"] | text
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     command = ["train", "qad", "--config", str(folder / "run.yaml"), "--out", str(folder / "out")]
     return RunSettings.model_validate(settings), folder / "out", _in_processes(2, *command)

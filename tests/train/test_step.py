@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import ONE_LAYER
 
 import jaxopt_models as jom
 from jaxopt_models import tree
@@ -97,13 +98,12 @@ def test_documents_in_one_row_are_learnt_as_if_alone(tiny_config, tiny_params, f
 
 
 @pytest.mark.parametrize("scales", ["dynamic", "learned"])
-def test_what_parts_share_is_prepared_once(
-    tiny_config, tiny_params, tiny_quantized, tokens, scales
-):
+def test_what_parts_share_is_prepared_once(tiny_params, tiny_quantized, tokens, scales):
     """The same step bit for bit, but that weights are rounded before the loop over parts."""
-    config = replace(tiny_config, dtype="bfloat16")
-    fakes = fake_quantized(tiny_params, _with_low_rank(tiny_quantized), scales, "clip")
-    freeze = ("layers/1/mlp/up_proj/weight/weight", "norm/weight")
+    config = replace(ONE_LAYER, dtype="bfloat16")
+    params, quantized = ({**p, "layers": p["layers"][:1]} for p in (tiny_params, tiny_quantized))
+    fakes = fake_quantized(params, _with_low_rank(quantized), scales, "clip")
+    freeze = ("layers/0/mlp/up_proj/weight/weight", "norm/weight")
     loss, batch = next_token_loss(config, QAT), {"tokens": tokens.reshape(4, 2, 16)}
     found, inside = [], []
     for prepare in (None, partial(computed, dtype=config.dtype)):
@@ -123,8 +123,8 @@ def _loop(jaxpr):
 
 def _with_low_rank(params):
     """With a correction beside one matrix, to be trained."""
-    path = "layers/1/mlp/up_proj/weight"
-    leaf = params["layers"][1]["mlp"]["up_proj"]["weight"]
+    path = "layers/0/mlp/up_proj/weight"
+    leaf = params["layers"][0]["mlp"]["up_proj"]["weight"]
     low_rank = LowRank(jnp.full((2, 32), 0.01), jnp.full((64, 2), 0.01))
     return tree.replace(params, {path: replace(leaf, low_rank=low_rank)})
 
