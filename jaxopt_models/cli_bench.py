@@ -7,7 +7,7 @@ import typer
 
 from jaxopt_models import report
 from jaxopt_models.cli_bench_pruning import bench_pruning
-from jaxopt_models.cli_bench_speculative import bench_speculative
+from jaxopt_models.cli_bench_speculative import bench_pass_cost, bench_speculative
 from jaxopt_models.cli_bench_training import bench_qad, bench_training
 from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
 from jaxopt_models.errors import UserError
@@ -18,6 +18,7 @@ bench.command("training")(bench_training)
 bench.command("qad")(bench_qad)
 bench.command("pruning")(bench_pruning)
 bench.command("speculative")(bench_speculative)
+bench.command("pass-cost")(bench_pass_cost)
 
 
 @bench.command("evaluation")

@@ -81,6 +81,39 @@ def bench_speculative(
     )
 
 
+def bench_pass_cost(
+    model: Annotated[str, typer.Option(help="Shape: llama-8b, llama-1b or tiny.")] = "llama-8b",
+    format: Annotated[
+        list[str] | None,
+        typer.Option(help="bf16, int4, nvfp4, mxfp4, fp8, int8; may be repeated; else bf16."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Rows; may be repeated; else 1.")
+    ] = None,
+    draft_tokens: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of a guess; may be repeated; else 7.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of each row.")] = 1024,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Of each row.")] = 65,
+    out: Annotated[
+        Path | None, typer.Option(help=".json file, or directory for pass_cost_<device>.json.")
+    ] = None,
+) -> None:
+    """Time a pass that checks guesses, and the guesses of a head, on random weights."""
+    from jaxopt_models.bench import pass_cost
+
+    pass_cost.bench_pass_cost(
+        model,
+        format or ("bf16",),
+        batch or (1,),
+        draft_tokens or (7,),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        out=out,
+        say=report.say,
+    )
+
+
 def _drafters(
     named: Mapping[str, Any],
     counts: Sequence[int] | None,

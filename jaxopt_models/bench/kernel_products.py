@@ -124,12 +124,11 @@ def side_by_side(
         return
     with tempfile.NamedTemporaryFile() as lock, _environment(lock.name):
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-        with pool:
-            futures = {p: pool.submit(_all_products, setting, p) for p in problems}
-            try:
-                yield lambda problem: futures[problem].result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        futures = {p: pool.submit(_all_products, setting, p) for p in problems}
+        try:
+            yield lambda problem: futures[problem].result()
+        finally:  # what has begun would disturb what is timed next
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ compilation not.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """New tokens of each prompt; passes of the model in which it was alive, and in how many of them
     each guess was accepted, int [P] and [P, K]; passes that its batch took, int [P]; seconds, and
     those of them behind the prompts' passes."""
@@ -101,14 +101,16 @@ def bench_speculative(
     Returns:
       `{rows, choices, device, versions, date}`. A row is `{drafter, K, tree, verification,
       temperature, batch, prompts, new_tokens, acceptance_length, accepted, straggling, pass_cost,
-      tokens_per_s, plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree, None of a
-      chain; tokens that a pass gives, on average over all; of each place of a guess, the share of
-      passes that accept it and all before; the share of a batch's passes in which a row was done
-      already; time of a pass in passes of plain generation, which `speculative.Adaptive` takes as
-      its costs; prompts whose tokens are not those of plain generation, None where they need not
-      be; and how many of these first differ where bfloat16 itself cannot tell two tokens apart
-      (`greedy.Difference`; None where tokens are sampled or computed in float32). `choices` has for
-      each setting the fastest, "off" included.
+      plain_ms, tokens_per_s, plain_tokens_per_s, ratio, mismatches, near_ties}`: levels of a tree,
+      None of a chain; tokens that a pass gives, on average over all; of each place of a guess, the
+      share of passes that accept it and all before; the share of a batch's passes in which a row
+      was done already; time of a pass in passes of plain generation, which `speculative.Adaptive`
+      takes as its costs, and milliseconds of such a plain one; prompts whose tokens are not those
+      of plain generation, None where they need not be; and how many of these first differ where
+      bfloat16 itself cannot tell two tokens apart (`greedy.Difference`; None where tokens are
+      sampled or computed in float32). `choices` has for each setting the fastest, "off" included,
+      and in how many prompts plain generation differs from that in the first batch size of the same
+      temperature: what rounding alone does.
 
     Raises:
       UserError: for fewer prompts than a batch, or a drafter that does not go with the model.
@@ -118,6 +120,7 @@ def bench_speculative(
         verification_of(setting.verification).check(drafter)
     result: dict[str, Any] = {"rows": [], "choices": []} | circumstances({})
     file = out and device_file(out, "speculative")
+    firsts: dict[Setting, Run] = {}  # by the setting without its batch size
     for setting in settings:
         if len(prompts) < setting.batch:
             raise UserError(
@@ -125,10 +128,10 @@ def bench_speculative(
                 "give more, or a smaller batch"
             )
         taken = prompts[: len(prompts) // setting.batch * setting.batch]
-        plain = _run(config, params, taken, None, setting)
+        plain = run_all(config, params, taken, None, setting)
         speeds = {"off": plain.tokens_per_s}
         for name, drafter in drafters.items():
-            run = _run(config, params, taken, drafter, setting)
+            run = run_all(config, params, taken, drafter, setting)
             row = _row(name, drafter, setting, run, plain)
             row |= {"near_ties": _near_ties(config, params, taken, setting, plain, run)}
             speeds[name] = run.tokens_per_s
@@ -137,8 +140,9 @@ def bench_speculative(
             if file:
                 write_json(file, result)
         best = max(speeds, key=lambda name: speeds[name])
+        first = firsts.setdefault(replace(setting, batch=1), plain)
         choice = {"batch": setting.batch, "temperature": setting.temperature, "choice": best}
-        result["choices"].append(choice)
+        result["choices"].append(choice | {"plain_differs": _mismatches(first, plain)})
         say(f"batch {setting.batch}, temperature {setting.temperature:g}: choose {best}")
     if file:
         write_json(file, result)
@@ -172,7 +176,7 @@ def row_line(row: Mapping[str, Any]) -> str:
     )
 
 
-def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) -> dict[str, Any]:
+def _row(name: str, drafter: Drafter, setting: Setting, run: Run, plain: Run) -> dict[str, Any]:
     given = sum(len(tokens) - 1 for tokens in run.tokens)  # the prompt's pass gives the first
     passes = int(run.passes.sum())
     return {
@@ -188,6 +192,7 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
         "accepted": (run.accepted.sum(axis=0) / max(passes, 1)).tolist(),
         "straggling": 1.0 - passes / max(int(run.rounds.sum()), 1),
         "pass_cost": run.seconds_per_pass / plain.seconds_per_pass,
+        "plain_ms": plain.seconds_per_pass * 1e3,
         "tokens_per_s": run.tokens_per_s,
         "plain_tokens_per_s": plain.tokens_per_s,
         "ratio": run.tokens_per_s / plain.tokens_per_s,
@@ -195,12 +200,13 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: _Run, plain: _Run) 
     }
 
 
-def _mismatches(run: _Run, plain: _Run) -> int:
-    return sum(a != b for a, b in zip(run.tokens, plain.tokens, strict=True))
+def _mismatches(run: Run, plain: Run) -> int:
+    """Of the prompts that both have, which may lack those that fill no batch."""
+    return sum(a != b for a, b in zip(run.tokens, plain.tokens, strict=False))
 
 
 def _near_ties(
-    config: ModelConfig, params: Any, prompts: Prompts, setting: Setting, plain: _Run, run: _Run
+    config: ModelConfig, params: Any, prompts: Prompts, setting: Setting, plain: Run, run: Run
 ) -> int | None:
     if setting.temperature or config.dtype != "bfloat16":
         return None
@@ -208,15 +214,15 @@ def _near_ties(
     return sum(one.near_tie for one in found)
 
 
-def _run(
+def run_all(
     config: ModelConfig, params: Any, prompts: Prompts, drafter: Drafter | None, setting: Setting
-) -> _Run:
+) -> Run:
     """All prompts, in batches with room for the longest of all; the first batch once before, so
     that what is compiled is not timed."""
     size = setting.batch
     room = max(map(len, prompts))
 
-    def batch(first: int) -> _Run:
+    def batch(first: int) -> Run:
         own = prompts[first : first + size]
         return _batch(config, params, own, first, room, drafter, setting)
 
@@ -230,7 +236,7 @@ def _run(
     seconds, behind = (
         sum(getattr(batch, name) for batch in batches) for name in ("seconds", "behind_prompts")
     )
-    return _Run(tokens, passes, accepted, rounds, seconds, behind)
+    return Run(tokens, passes, accepted, rounds, seconds, behind)
 
 
 def _batch(
@@ -241,7 +247,7 @@ def _batch(
     room: int,
     drafter: Drafter | None,
     setting: Setting,
-) -> _Run:
+) -> Run:
     size = len(prompts)
     ids = list(range(first, first + size))
     sampler = make_sampler(size, temperature=setting.temperature, request_ids=ids)
@@ -266,4 +272,4 @@ def _batch(
         passes, accepted = np.asarray(state.passes), np.asarray(state.accepted)
     rounds = np.full(size, passes.max())
     new = new_tokens(decode, [len(prompt) for prompt in prompts])
-    return _Run(new, passes, accepted, rounds, end - begun, end - ran)
+    return Run(new, passes, accepted, rounds, end - begun, end - ran)

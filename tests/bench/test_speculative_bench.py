@@ -63,20 +63,21 @@ def test_the_fastest_is_chosen(params, monkeypatch):
     def batch(config: Any, params: Any, prompts: Any, first: int, room: int, draft: Any, _: Any):
         ones, taken = np.ones(len(prompts), int), seconds[draft and draft.count]
         counts = np.zeros((len(prompts), draft.count if draft else 0), int)
-        return speculative._Run([[1, 2]] * len(prompts), ones, counts, ones, taken, taken)
+        return speculative.Run([[1, 2]] * len(prompts), ones, counts, ones, taken, taken)
 
     monkeypatch.setattr(speculative, "_batch", batch)
     drafters = {"short": NGram(2), "long": NGram(5)}
     result = bench_speculative(TINY, params, PROMPTS, drafters)
     assert [row["ratio"] for row in result["rows"]] == [2.0, 0.5]
     assert [row["pass_cost"] for row in result["rows"]] == [0.5, 2.0]
-    assert result["choices"] == [{"batch": 1, "temperature": 0.0, "choice": "short"}]
+    (choice,) = result["choices"]
+    assert choice == {"batch": 1, "temperature": 0.0, "choice": "short", "plain_differs": 0}
     seconds[2] = 5.0
     assert bench_speculative(TINY, params, PROMPTS, drafters)["choices"][0]["choice"] == "off"
 
 
 def test_other_tokens_are_counted(params, monkeypatch):
-    run = speculative._run
+    run = speculative.run_all
 
     def spoiled(config: Any, params: Any, prompts: Any, draft: Any, setting: Any) -> Any:
         found = run(config, params, prompts, draft, setting)
@@ -85,11 +86,26 @@ def test_other_tokens_are_counted(params, monkeypatch):
             found.tokens[1][-1] = last
         return found
 
-    monkeypatch.setattr(speculative, "_run", spoiled)
+    monkeypatch.setattr(speculative, "run_all", spoiled)
     config = replace(TINY, dtype="bfloat16")
     setting = [Setting(4, 0.0, 4)]
     (row,) = bench_speculative(config, params, PROMPTS, {"ngram": NGram(2)}, setting)["rows"]
     assert row["mismatches"] >= 1 and row["near_ties"] < row["mismatches"]
+
+
+def test_what_batches_change_in_plain_generation_is_counted(params, monkeypatch):
+    """Beside the first batch size of the same temperature; here the bigger one changes a prompt."""
+    run = speculative.run_all
+
+    def rounded(config: Any, params: Any, prompts: Any, draft: Any, setting: Any) -> Any:
+        found = run(config, params, prompts, draft, setting)
+        found.tokens[0][-1] += setting.batch == 3
+        return found
+
+    monkeypatch.setattr(speculative, "run_all", rounded)
+    settings = [Setting(1, 0.0, 4), Setting(1, 0.7, 4), Setting(3, 0.0, 4)]
+    found = bench_speculative(TINY, params, PROMPTS, {"ngram": NGram(2)}, settings)["choices"]
+    assert [choice["plain_differs"] for choice in found] == [0, 0, 1]
 
 
 def test_too_few_prompts_for_a_batch(params):

@@ -21,7 +21,7 @@ from jaxopt_models.train.leaves import fake_quantized, fold
 from jaxopt_models.train.rows import training_rows
 from jaxopt_models.train.run import train
 from jaxopt_models.train.settings import Optimizer, RunSettings
-from jaxopt_models.train.student import _wide
+from jaxopt_models.train.student import with_masters
 
 RUNS = Path(__file__).parents[2] / "configs" / "runs"
 SMALL = {
@@ -179,7 +179,7 @@ def test_what_is_widened_is_what_is_trained():
         scale_dtype="bfloat16",
     )
     quantized = tree.replace(params, {"layers/0/mlp/up_proj/weight": q})
-    wide = _wide(fake_quantized(params, quantized, "static"))
+    wide = with_masters(fake_quantized(params, quantized, "static"))
     assert wide["norm"]["weight"].dtype == jnp.float32
     folded = fold(wide)["layers"][0]["mlp"]["up_proj"]["weight"]
     assert folded.scale.dtype == jnp.bfloat16 and folded.weight_bits == q.weight_bits
