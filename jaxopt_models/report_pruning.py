@@ -118,7 +118,8 @@ def _times(report: PruneReport, latency: Latency) -> str:
     chosen = report.candidates[0]
     times = (latency.original, chosen.measured, chosen.candidate.cost)
     before, after, predicted = (_cost(time, report.unit) for time in times)
-    return f"{before} -> {after} ms a step ({predicted} predicted) on {latency.device}"
+    missed = ", over the budget, as all finalists are" if chosen.over else ""
+    return f"{before} -> {after} ms a step ({predicted} predicted{missed}) on {latency.device}"
 
 
 def save_report(directory: str | Path, report: PruneReport) -> None:

@@ -113,7 +113,7 @@ class Cutter:
         cut, models, latency = partial(self.slice, scores=scores), {}, None
         if isinstance(costs, Times):
             latency = self.latency(budget, costs)
-            scored = self.timed_whole(budget, scored, cut)
+            scored = self.timed_whole(budget, limit, scored, cut)
         if self.settings.search.distill is not None:
             scored, models = self.taught(self.settings.search.distill, scored, cut)
         chosen = scored[0].candidate
@@ -210,12 +210,12 @@ class Cutter:
         return self.settings.model_dump(mode="json", exclude=beside)
 
     def timed_whole(
-        self, budget: Budget, scored: Sequence[Scored], cut: Slice
+        self, budget: Budget, limit: int, scored: Sequence[Scored], cut: Slice
     ) -> tuple[Scored, ...]:
-        """With the finalists' times."""
+        """With the finalists' times, those within the limit first."""
         remember = self.stages.remember(device=_device(), **self.deciding())
         with self.timed("latency"):
-            return timed(scored, cut, self.clock_of(budget), remember, self.progress)
+            return timed(scored, limit, cut, self.clock_of(budget), remember, self.progress)
 
     def taught(
         self, how: Distill, scored: Sequence[Scored], cut: Slice

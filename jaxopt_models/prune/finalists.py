@@ -29,9 +29,15 @@ class Keep(Protocol):
 
 
 def timed(
-    scored: Sequence[Scored], cut: Slice, clock: Clock, remember: Remember, progress: Progress
+    scored: Sequence[Scored],
+    limit: int,
+    cut: Slice,
+    clock: Clock,
+    remember: Remember,
+    progress: Progress,
 ) -> tuple[Scored, ...]:
-    """All of them, the finalists with their times, each run whole; equal shapes once."""
+    """All of them, the finalists with their times, each run whole; equal shapes once. Those that
+    take longer than `limit`, which their parts did not say, come behind the others."""
     times: dict[Any, int] = {}
 
     def with_time(one: Scored) -> Scored:
@@ -40,11 +46,11 @@ def timed(
         if shape not in times:
             name = f"time {one.candidate.name}"
             times[shape] = remember(name, lambda: round(clock(config, params) * 1e9))
-        return replace(one, measured=times[shape])
+        return replace(one, measured=times[shape], over=times[shape] > limit)
 
     finalists = measured_most(scored)
     found = [with_time(one) for one in progress(finalists, "timing finalists")]
-    return (*found, *scored[len(found) :])
+    return (*sorted(found, key=lambda one: one.over), *scored[len(found) :])
 
 
 def taught(
@@ -54,7 +60,8 @@ def taught(
     keep: Keep,
     always: Collection[str],
 ) -> tuple[tuple[Scored, ...], Models]:
-    """All of them, finalists with what they lose behind a lesson, the best of these first.
+    """All of them, finalists with what they lose behind a lesson, the best of these first, of those
+    within the budget if there are any.
 
     Args:
       scored: all candidates, those of most windows first.
@@ -77,13 +84,13 @@ def taught(
 
         name = one.candidate.name
         config, params, figures = keep(f"taught {name}", make)
-        found = sorted([*found, replace(one, taught=Damage(*figures))], key=_taught_kl)
+        found = sorted([*found, replace(one, taught=Damage(*figures))], key=_taught_order)
         models[name] = config, params
         wanted = {found[0].candidate.name, *always}
         models = {name: model for name, model in models.items() if name in wanted}
     return (*found, *scored[len(found) :]), models
 
 
-def _taught_kl(scored: Scored) -> float:
+def _taught_order(scored: Scored) -> tuple[bool, float]:
     assert scored.taught is not None  # in `taught`
-    return scored.taught.kl
+    return scored.over, scored.taught.kl

@@ -26,6 +26,7 @@ class Scored:
 
     Attributes:
       measured: its cost where that is measured, too, and not computed alone; else None.
+      over: whether that is more than the budget.
       taught: what it was measured at, on all windows, after a short distillation; else None.
     """
 
@@ -33,6 +34,7 @@ class Scored:
     damage: Damage
     windows: int
     measured: int | None = None
+    over: bool = False
     taught: Damage | None = None
 
 

@@ -1,5 +1,6 @@
 """A budget of latency: times of parts add up to those of models. No test measures time."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.models.model import Model
 from jaxopt_models.models.transformer import init
 from jaxopt_models.prune.latency import Times, parts, wall_clock
+from jaxopt_models.prune.prune_report import PruneReport
 from jaxopt_models.prune.run import prune
 from jaxopt_models.prune.settings import PruneSettings
 from jaxopt_models.prune.sizes import grids, sizes_of
@@ -73,25 +75,28 @@ def test_layers_that_a_clock_cannot_see_cost_nothing():
     assert all(faster.of_layer(i, faster.whole) == 0 for i in range(3))
 
 
+def _pruned(latency: float, clock: Any, **search: Any) -> tuple[ModelConfig, Any, PruneReport]:
+    """The model with three layers and its feed-forward networks, cut to a time by a clock."""
+    settings = PruneSettings.model_validate(
+        {"budget": {"latency": latency}, "axes": ["layers", "neurons"], "multiple": 8, "batch": 2}
+        | {"search": {"candidates": 2, "finalists": 2, "first": 2, "least": 0.5} | search}
+    )
+    text = [tokens(2, seed=i) for i in range(2)]
+    model = Model(CONFIGS["tied"], params_of("tied"))
+    return prune(model, settings, text, text[:1], clock=clock)
+
+
 @pytest.mark.parametrize("latency", [0.85, 620.0])
 def test_candidates_keep_to_the_time_and_finalists_are_timed_whole(latency):
     asked = []
+    factor = 1 if latency < 1 else 1e3  # a number of milliseconds is 1 or more
 
     def clock(config, params):
         asked.append(len(params["layers"]))
         slower = 1.5 if len(params["layers"]) == 2 else 1.0  # than parts say
-        return slower * _clock(config)
+        return factor * slower * _clock(config)
 
-    model = Model(CONFIGS["tied"], params_of("tied"))
-    settings = PruneSettings.model_validate(
-        {"budget": {"latency": latency}, "axes": ["layers", "neurons"], "multiple": 8, "batch": 2}
-        | {"search": {"candidates": 2, "finalists": 2, "first": 2, "least": 0.5}}
-    )
-    factor = 1 if latency < 1 else 1e3  # a number of milliseconds is 1 or more
-    text = [tokens(2, seed=i) for i in range(2)]
-    config, params, report = prune(
-        model, settings, text, text[:1], clock=lambda c, p: factor * clock(c, p)
-    )
+    config, params, report = _pruned(latency, clock)
     whole = factor * 1e9 * _clock(CONFIGS["tied"])
     limit = latency * (whole if latency < 1 else 1e6)
     assert report.unit == "nanoseconds" and report.budget == pytest.approx(limit, abs=2)
@@ -105,6 +110,7 @@ def test_candidates_keep_to_the_time_and_finalists_are_timed_whole(latency):
         slower = 1.5 if timed and len(one.candidate.dropped) == 1 else 1.0
         if timed:
             assert one.measured == pytest.approx(slower * one.candidate.cost, abs=10)
+        assert one.over == (timed and slower > 1)
     assert {one.windows for one in report.candidates} == {2, 4}
     timed = [one.candidate for one in report.candidates if one.measured is not None]
     shapes = {(one.target, len(one.dropped)) for one in timed}
@@ -116,6 +122,25 @@ def test_candidates_keep_to_the_time_and_finalists_are_timed_whole(latency):
     assert said["latency"]["context"] == 1024 and "measured" in said["candidates"][0]
     assert "ms a step" in str(candidates_table(report).title)
     assert f"({report.chosen.cost / 1e6:,.3f} predicted)" in totals_line(report)
+
+
+def test_finalists_over_the_budget_come_behind_those_within():
+    """Whichever loses least by parts alone is not chosen if its time says otherwise; where all are
+    over, the line for people says so."""
+
+    def clock(config, params, slow=(2,)):
+        slower = len(params["layers"]) in slow and config != CONFIGS["tied"]
+        return (1.5 if slower else 1.0) * _clock(config)
+
+    everything = {"finalists": 8, "first": 4}
+    _, _, report = _pruned(0.85, clock, **everything)
+    over = [one.over for one in report.candidates]
+    assert over == sorted(over) and len(set(over)) == 2
+    best = min(report.candidates, key=lambda one: (one.over, one.damage.kl))
+    assert report.chosen == best.candidate and "over the budget" not in totals_line(report)
+    _, _, report = _pruned(0.85, partial(clock, slow=(2, 3)), **everything)
+    assert all(one.over for one in report.candidates)
+    assert "predicted, over the budget, as all finalists are)" in totals_line(report)
 
 
 def test_the_clock_decodes_whole_models_and_those_without_layers(monkeypatch):
