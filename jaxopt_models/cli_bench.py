@@ -9,7 +9,7 @@ from jaxopt_models import report
 from jaxopt_models.cli_bench_pruning import bench_pruning
 from jaxopt_models.cli_bench_speculative import bench_pass_cost, bench_speculative
 from jaxopt_models.cli_bench_training import bench_qad, bench_training
-from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption
+from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption, ShapeOption
 from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 
@@ -154,7 +154,7 @@ def bench_kernels(
 
 @bench.command("decode")
 def bench_decode(
-    model: Annotated[str, typer.Option(help="Shape: llama-8b, llama-1b or tiny.")] = "llama-8b",
+    model: ShapeOption = "llama-8b",
     format: Annotated[
         list[str] | None,
         typer.Option(help="bf16, int4, nvfp4, mxfp4, fp8, int8; may be repeated; else all."),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxopt_models import report
-from jaxopt_models.cli_options import DtypeOption, ModelArg
+from jaxopt_models.cli_options import DtypeOption, ModelArg, ShapeOption
 from jaxopt_models.errors import UserError
 from jaxopt_models.speculative import DFlash, Drafter, Medusa
 from jaxopt_models.speculative.named import Head, as_adaptive, as_tree, load_drafter
@@ -82,7 +82,7 @@ def bench_speculative(
 
 
 def bench_pass_cost(
-    model: Annotated[str, typer.Option(help="Shape: llama-8b, llama-1b or tiny.")] = "llama-8b",
+    model: ShapeOption = "llama-8b",
     format: Annotated[
         list[str] | None,
         typer.Option(help="bf16, int4, nvfp4, mxfp4, fp8, int8; may be repeated; else bf16."),

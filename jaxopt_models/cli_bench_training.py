@@ -16,6 +16,7 @@ from jaxopt_models.cli_options import (
     RateOption,
     RowsOption,
     SeedsOption,
+    ShapeOption,
     StepsOption,
     TrainingDtypeOption,
     TrainingTextOption,
@@ -25,7 +26,7 @@ from jaxopt_models.cli_options import (
 
 
 def bench_training(
-    model: Annotated[str, typer.Option(help="Shape: llama-1b, llama-8b or tiny.")] = "llama-1b",
+    model: ShapeOption = "llama-1b",
     modes: Annotated[
         list[str] | None,
         typer.Option(

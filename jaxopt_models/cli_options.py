@@ -41,6 +41,9 @@ DtypeOption = Annotated[
 BatchOption = Annotated[int, typer.Option("--batch", min=1, help="Windows run at a time.")]
 LengthOption = Annotated[int, typer.Option("--length", help="Tokens in a window.")]
 
+# Of benches on random weights.
+ShapeOption = Annotated[str, typer.Option("--model", help="Shape: llama-8b, llama-1b or tiny.")]
+
 # Of benches that train.
 TrainingTextOption = Annotated[
     str,

@@ -6,7 +6,7 @@ included. They are of the cache's last positions, so that it is nearly full.
 """
 
 import gc
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,8 +94,8 @@ def bench_decode(
       UserError: for an unknown model or format, sizes that do not fit, or an `out` that cannot be
         written.
     """
-    chosen = {"format": formats, "head": [head], "cache": [kv_format]}
-    _check({"model": [model]} | chosen, context, steps)
+    check_names(model=[model], format=formats, head=[head], cache=[kv_format])
+    _check_steps(context, steps)
     config = replace(ModelConfig.from_hf(MODELS[model]), dtype=_DTYPE.dtype.name)
     file, bandwidth = out and device_file(out, "decode"), read_bandwidth()
     packages = ("jaxopt-models", "jax", "jaxlib")
@@ -172,12 +172,16 @@ def _milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
 
 
-def _check(chosen: Mapping[str, Sequence[str]], context: int, steps: int) -> None:
+def check_names(**chosen: Sequence[str]) -> None:
+    """Raises UserError for the first model, format, head or cache that there is none of."""
     known = {"model": MODELS, "format": FORMATS, "head": ("bf16", "same"), "cache": KV_FORMATS}
     for kind, names in chosen.items():
         for name in names:
             if name not in known[kind]:
                 raise UserError(f"{kind} {name!r} is unknown; choose {', '.join(known[kind])}")
+
+
+def _check_steps(context: int, steps: int) -> None:
     if not _FEW < steps <= context:
         raise UserError(
             f"{steps} steps at the end of a context of {context} cannot be timed; choose more than "

@@ -12,6 +12,7 @@ head:
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxopt_models.bench.decode import FORMATS, MODELS, random_params
+from jaxopt_models.bench.decode import MODELS, check_names, random_params
 from jaxopt_models.bench.peer import circumstances
 from jaxopt_models.bench.quality_results import device_file
 from jaxopt_models.bench.speculative import Setting, run_all
-from jaxopt_models.errors import UserError
 from jaxopt_models.files import write_json
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.speculative import NGram, Target, init_eagle3
+from jaxopt_models.train.draft_job import as_saved
 
 _VOCABULARY = 32768  # tokens that the head may say, at most; as published heads
 
@@ -61,9 +62,7 @@ def bench_pass_cost(
     Raises:
       UserError: for an unknown model or format.
     """
-    for kind, name, known in (("model", model, MODELS), *(("format", f, FORMATS) for f in formats)):
-        if name not in known:
-            raise UserError(f"{kind} {name!r} is unknown; choose {', '.join(known)}")
+    check_names(model=[model], format=formats)
     config = replace(ModelConfig.from_hf(MODELS[model]), dtype="bfloat16")
     draws = np.random.default_rng(0).integers(config.vocab_size, size=(max(batches), prompt_tokens))
     settings = [Setting(batch, 0.0, new_tokens) for batch in batches]
@@ -74,19 +73,22 @@ def bench_pass_cost(
         params = random_params(config, format, "bf16", "bf16")
         vocabulary = jnp.arange(min(_VOCABULARY, config.vocab_size))
         head = init_eagle3(Target(config, params), jax.random.key(1), vocabulary=vocabulary)
-        for count, setting in ((k, s) for k in counts for s in settings):
-            prompts = draws[: setting.batch].tolist()
-            plain, check, whole = (
-                run_all(config, params, prompts, drafter, setting).seconds_per_pass
-                for drafter in (None, NGram(count), replace(head, count=count))
-            )
-            row = {"model": model, "format": format, "batch": setting.batch, "context": context}
-            row |= {"K": count, "plain_ms": plain * 1e3}
-            row |= {"verify_cost": check / plain, "draft_cost": (whole - check) / plain}
-            result["rows"].append(row)
-            say(row_line(row))
-            if file:
-                write_json(file, result)
+        head = replace(head, params=as_saved(head.params))
+        for setting in settings:
+            run = partial(run_all, config, params, draws[: setting.batch].tolist(), setting=setting)
+            plain = run(drafter=None).seconds_per_pass
+            for count in counts:
+                check, whole = (
+                    run(drafter=drafter).seconds_per_pass
+                    for drafter in (NGram(count), replace(head, count=count))
+                )
+                row = {"model": model, "format": format, "batch": setting.batch, "context": context}
+                row |= {"K": count, "plain_ms": plain * 1e3}
+                row |= {"verify_cost": check / plain, "draft_cost": (whole - check) / plain}
+                result["rows"].append(row)
+                say(row_line(row))
+                if file:
+                    write_json(file, result)
         del params, head  # before the next ones are made
         gc.collect()
     return result

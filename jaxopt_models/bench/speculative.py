@@ -142,7 +142,9 @@ def bench_speculative(
         best = max(speeds, key=lambda name: speeds[name])
         first = firsts.setdefault(replace(setting, batch=1), plain)
         choice = {"batch": setting.batch, "temperature": setting.temperature, "choice": best}
-        result["choices"].append(choice | {"plain_differs": _mismatches(first, plain)})
+        shared = min(len(first.tokens), len(plain.tokens))  # but those that fill no batch
+        differ = _mismatches(first.tokens[:shared], plain.tokens[:shared])
+        result["choices"].append(choice | {"plain_differs": differ})
         say(f"batch {setting.batch}, temperature {setting.temperature:g}: choose {best}")
     if file:
         write_json(file, result)
@@ -196,13 +198,12 @@ def _row(name: str, drafter: Drafter, setting: Setting, run: Run, plain: Run) ->
         "tokens_per_s": run.tokens_per_s,
         "plain_tokens_per_s": plain.tokens_per_s,
         "ratio": run.tokens_per_s / plain.tokens_per_s,
-        "mismatches": _mismatches(run, plain) if setting.same_tokens else None,
+        "mismatches": _mismatches(run.tokens, plain.tokens) if setting.same_tokens else None,
     }
 
 
-def _mismatches(run: Run, plain: Run) -> int:
-    """Of the prompts that both have, which may lack those that fill no batch."""
-    return sum(a != b for a, b in zip(run.tokens, plain.tokens, strict=False))
+def _mismatches(found: Sequence[list[int]], expected: Sequence[list[int]]) -> int:
+    return sum(a != b for a, b in zip(found, expected, strict=True))
 
 
 def _near_ties(

@@ -64,7 +64,7 @@ def draft_job(
     prepare = partial(computed, dtype=settings.dtype)
 
     def finish(params: Any) -> Head:
-        return replace(head, params=_rounded(params))
+        return replace(head, params=as_saved(params))
 
     def write(one: Head, report: Any) -> None:
         name = model.source and str(model.source)
@@ -160,7 +160,7 @@ def most_frequent(rows: dict[str, Any], vocab_size: int, count: int | None) -> j
     return jnp.asarray(np.sort(np.argsort(-often, kind="stable")[:count]), jnp.int32)
 
 
-def _rounded(params: Any) -> Any:
+def as_saved(params: Any) -> Any:
     """As they are saved."""
     return jax.tree.map(lambda x: x.astype(_SAVED) if x.dtype == jnp.float32 else x, params)
 
@@ -183,7 +183,7 @@ def _measurement(
         return loss(own, context, {"tokens": tokens}, jnp.zeros((), jnp.int32))
 
     def measure(params: Any) -> dict[str, float]:
-        own = _rounded(params)
+        own = as_saved(params)
         found = [sums(own, context, jnp.asarray(batch)) for batch in batches]
         count = sum(float(one.count) for one in found)
         names = [f"refused_{s + 1}" for s in range(steps)]
