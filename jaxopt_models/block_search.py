@@ -56,14 +56,15 @@ def find_block_scales(
     factors = _OCTAVES if spec.power_of_two else _FACTORS[search]
     tile = spec.tile(x.shape)
 
-    def error(factor: float) -> jax.Array:
+    def error(factor: jax.Array) -> jax.Array:
         scales = numerics.scales_from_amax(tiles * factor, spec, overall)
         restored = numerics.from_grid(numerics.to_grid(x, scales, spec), scales, spec)
         return numerics.tile_reduce(jnp.square(restored - x.astype(jnp.float32)), tile, jnp.sum)
 
-    best = jnp.argmin(jnp.stack([error(factor) for factor in factors]), axis=0)
-    factor = jnp.asarray(factors, jnp.float32)[best]
-    return numerics.scales_from_amax(tiles * factor, spec, overall)
+    # All factors in one expression, which is compiled once.
+    tried = jnp.asarray(factors, jnp.float32)
+    best = jnp.argmin(jax.vmap(error)(tried), axis=0)
+    return numerics.scales_from_amax(tiles * tried[best], spec, overall)
 
 
 def global_amax(amax: jax.Array, spec: QuantSpec, search: Search) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from jaxopt_models import report
-from jaxopt_models.cli_bench_pruning import bench_pruning
+from jaxopt_models.cli_bench_pruning import bench_compression, bench_pruning
 from jaxopt_models.cli_bench_speculative import bench_pass_cost, bench_speculative
 from jaxopt_models.cli_bench_training import bench_qad, bench_training
 from jaxopt_models.cli_options import BatchOption, JsonOption, LengthOption, ShapeOption
@@ -17,6 +17,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure beside a peer and a limi
 bench.command("training")(bench_training)
 bench.command("qad")(bench_qad)
 bench.command("pruning")(bench_pruning)
+bench.command("compression")(bench_compression)
 bench.command("speculative")(bench_speculative)
 bench.command("pass-cost")(bench_pass_cost)
 

@@ -22,7 +22,7 @@
 # 3. QAT and QAD from the same start, on the same text, and what each gets back;
 # 4. the same as one call, killed on the way and resumed.
 #
-# The model has 0.7 million parameters and knows the documentation of Python a little. It is there
+# The model has 0.3 million parameters and knows the documentation of Python a little. It is there
 # so that all of this takes a minute or so on two CPU cores, and so that the curves can be run
 # again by everybody. It is **not** evidence of what QAD does for a real model, which is larger and
 # has learnt from far more text: such figures come from `jaxopt-models bench qad` on a GPU.
@@ -73,10 +73,10 @@ config = jom.ModelConfig.from_hf(
     {
         "model_type": "llama",
         "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
         "tie_word_embeddings": True,
     }
 )
@@ -106,12 +106,12 @@ def batch(step):
 # by the same step: its cross-entropy is the loss that QAT will have.
 
 # %%
-steps = 500
+steps = 250
 optimizer = Optimizer(learning_rate=1e-2, warmup=0.04, end=0.01).transformation(steps)
 step = make_train_step(next_token_loss(config, QAT), optimizer, max_norm=1.0)
 state = start(jom.init(config, jax.random.key(0)), optimizer)
 log = Log(None)
-state = fit(step, state, batch, None, Pace(steps, log=100), log=log)
+state = fit(step, state, batch, None, Pace(steps, log=50), log=log)
 model = jom.Model(config, state.params, tokenizer)
 for line in log.lines:
     print(f"step {line['step']}: loss {line['loss']:.2f}")
@@ -175,7 +175,7 @@ assert same_bits(fold(fakes), quantized), "training would not start where PTQ en
 # %% [markdown]
 # ## 3. QAT and QAD from the same start
 #
-# Both train the same leaves, for 100 steps, on the same batches, at the same learning rate; only
+# Both train the same leaves, for 60 steps, on the same batches, at the same learning rate; only
 # the loss differs. Every 20 steps the folded model is measured on the language reference, which
 # nobody was trained on:
 #
@@ -191,10 +191,10 @@ settings = RunSettings.of(
         "recipe": "mxfp4",
         "length": 64,
         "batch": 16,
-        "steps": 100,
+        "steps": 60,
         "optimizer": {"learning_rate": 3e-4},
         "evaluation": {"windows": 64, "length": 64, "every": 20},
-        "save": 50,
+        "save": 30,
     }
 )
 reference_text = data.load_text("builtin", "evaluation")
@@ -264,7 +264,7 @@ report.metrics_table("A small model in MXFP4, 64 × 64 tokens", rows_of_table)
 # %% [markdown]
 # The two losses get back different things. QAD goes back to the model that was quantized: its KL
 # falls by far the most. QAT goes wherever the text says: its perplexity falls further, but not by
-# return. Part of what it gains is new, from a text that the model had seen about once, and takes
+# return. Part of what it gains is new, from a text that the model had read half of, and takes
 # it away from the model that was quantized: its KL falls little, or rises. So QAT's perplexity
 # says more of what was left to learn here than of what was lost. A model that has learnt from far
 # more text than there is to train on has more to lose: train it by QAT for a task whose text you
@@ -287,16 +287,16 @@ print(f"{changed / total_codes:.1%} of {total_codes:,}")
 #
 # `train("qad", settings, out)` loads, quantizes, trains, measures, logs and saves; the command is
 # `jaxopt-models train qad --config FILE --out DIR`, with the same settings in YAML. Here it is
-# killed after 60 steps. Its last checkpoint is of step 50, and from there it goes on with
+# killed after 40 steps. Its last checkpoint is of step 30, and from there it goes on with
 # `resume=True`: batches depend on the number of the step alone, so nothing tells the run that it
 # was interrupted. It ends with the very model that the cells above made.
 
 
 # %%
 def killed(items, description):
-    """Progress of a run that does not survive its 60th item."""
+    """Progress of a run that does not survive its 40th item."""
     for number, item in enumerate(items):
-        if number == 60:
+        if number == 40:
             raise KeyboardInterrupt
         yield item
 

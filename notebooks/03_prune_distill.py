@@ -25,7 +25,7 @@
 # 5. zeros in the matrices that are left, by three rules;
 # 6. the same as commands.
 #
-# The model has 0.55 million parameters and is made here, so that all of this takes a minute or two
+# The model has 0.46 million parameters and is made here, so that all of this takes a minute or two
 # on two CPU cores. It is **not** evidence of what pruning costs a real model: such figures come
 # from `jaxopt-models prune` and `jaxopt-models train distill` on yours.
 
@@ -83,7 +83,7 @@ config = jom.ModelConfig.from_hf(
         "model_type": "llama",
         "vocab_size": 512,
         "hidden_size": 96,
-        "intermediate_size": 256,
+        "intermediate_size": 192,
         "num_hidden_layers": 5,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -112,7 +112,7 @@ def trained(loss, params, context, steps, rate):
 
 
 fresh = jom.init(config, jax.random.key(0))
-params = trained(next_token_loss(config, QAT), fresh, None, 300, 1e-2)
+params = trained(next_token_loss(config, QAT), fresh, None, 250, 1e-2)
 model = jom.Model(config, params, tokenizer)
 calibration = data.token_batches(model, text, 32, 64, 16)
 other = data.load_text("builtin", "evaluation")
@@ -152,7 +152,7 @@ plt.show()
 # The law is that both compute the same.
 
 # %%
-target = Target(hidden=64, neurons=192, heads=1, multiple=32)
+target = Target(hidden=64, neurons=128, heads=1, multiple=32)
 masks = drop_layers(choose(scores, target), [2])
 small_config, small = slice_model(config, params, masks)
 tokens = jnp.asarray(evaluation[0])

@@ -23,7 +23,7 @@
 # 3. guesses in a chain and in a tree, and what they are worth;
 # 4. the same as commands, and as files that other engines load.
 #
-# The model has 0.7 million parameters and is made here, so that all of this takes a minute or two
+# The model has 0.3 million parameters and is made here, so that all of this takes a minute or two
 # on two CPU cores. What is counted is tokens a pass, which does not depend on the machine. What a
 # pass costs does: such figures come from `jaxopt-models bench speculative` where you serve.
 
@@ -68,10 +68,10 @@ config = jom.ModelConfig.from_hf(
     {
         "model_type": "llama",
         "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
         "tie_word_embeddings": True,
     }
 )
@@ -96,7 +96,7 @@ def trained(loss, params, context, rows, steps, rate, prepare=None):
 
 rows = data.pack([data.tokenize(tokenizer, text)], 64)
 fresh = jom.init(config, jax.random.key(0))
-params, lines = trained(next_token_loss(config, QAT), fresh, None, rows, 300, 1e-2)
+params, lines = trained(next_token_loss(config, QAT), fresh, None, rows, 250, 1e-2)
 for line in lines:
     print(f"step {line['step']}: loss {line['loss']:.2f}")
 
@@ -148,7 +148,7 @@ first = np.random.default_rng(0).integers(0, 512, (128, 1)).tolist()
 own = jom.generate(config, params, first, max_new_tokens=63, temperature=0.8).tokens
 written = np.asarray([a + b for a, b in zip(first, own, strict=True)], np.int32)
 
-head = init_eagle3(target, jax.random.key(1), layers=(0, 1, 3), count=4)
+head = init_eagle3(target, jax.random.key(1), layers=(0, 1, 2), count=4)
 size = sum(x.size for x in jax.tree.leaves(head.params))
 print(f"{size / 1e6:.2f} million parameters, layers {head.layers} are read")
 loss = draft_loss(config, head, steps=4)
@@ -172,7 +172,7 @@ head = replace(head, params=learnt)
 
 # %%
 drafters = {"n-gram, 4": NGram(count=4)}
-drafters |= {f"head, {k}": replace(head, count=k) for k in (1, 2, 4)}
+drafters |= {f"head, {k}": replace(head, count=k) for k in (1, 4)}
 drafters |= {f"tree of {n}": TreeDrafter(head, width=4, depth=5, count=n) for n in (12, 32)}
 table = {
     (name, temperature): tokens_a_pass(drafter, temperature).mean()

@@ -21,7 +21,9 @@ _QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 "
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
-os.environ["XLA_FLAGS"] = f"{_QUICK_COMPILATION} {os.environ.get('XLA_FLAGS', '')}"
+# A worker inherits what its parent has set.
+_FLAGS = os.environ.get("XLA_FLAGS", "").replace(_QUICK_COMPILATION, "").strip()
+os.environ["XLA_FLAGS"] = f"{_QUICK_COMPILATION} {_FLAGS}"
 _COMPILED = Path(__file__).parent.parent / ".pytest_cache" / "compiled"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -37,11 +39,31 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_x64", False)
 
+# Files that take a worker minutes come first, so that none of them is what all wait for at the end.
+_LONGEST = (
+    "test_notebooks.py",
+    "test_inference.py",
+    "test_cache.py",
+    "test_speculative.py",
+    "test_w4a16_decode.py",
+    "test_sensitivity.py",
+    "test_run.py",
+    "test_step.py",
+    "test_draft.py",
+    "test_repeated.py",
+)
+
 hypothesis.settings.register_profile("local", deadline=None, max_examples=25)
 hypothesis.settings.register_profile(
     "ci", parent=hypothesis.settings.get_profile("local"), derandomize=True
 )
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
+
+
+@pytest.fixture(scope="session")
+def users_environment() -> dict[str, str]:
+    """Of a process that compiles as a user's does, on the CPU and without a network."""
+    return os.environ | {"XLA_FLAGS": _FLAGS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,6 +111,8 @@ def byte_tokenizer() -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: longest.get(item.path.name, len(longest)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if on_gpu and all(device.platform != "gpu" for device in jax.devices()):
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU and JAX_PLATFORMS=cuda,cpu")

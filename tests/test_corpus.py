@@ -340,9 +340,9 @@ def test_smollm2_asks_and_answers(tmp_path):
     assert before.startswith("<|im_start|>system\nYou are a helpful")
     assert before.endswith("<|im_end|>\n<|im_start|>user\n")
     assert turn.end == real.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    lengths: dict[str, Any] = {"max_prompt_tokens": 48, "max_answer_tokens": 12}
+    lengths: dict[str, Any] = {"max_prompt_tokens": 32, "max_answer_tokens": 6}
     out = tmp_path / "a.jsonl"
-    write_corpus(real, out, 2, temperature=0.7, top_p=0.9, batch_size=4, **lengths)
+    write_corpus(real, out, 2, temperature=0.7, top_p=0.9, batch_size=2, **lengths)
     for document in read_documents(str(out), real.tokenizer, "assistant"):
         assert document.learnt.any()
     asked = [line["messages"][0]["content"] for line in _lines(out)]

@@ -48,12 +48,15 @@ def test_notebook_is_valid_and_without_outputs(script):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
-def test_notebook_runs(script):
-    # In its own process: what Jupyter's client warns of is no error of the notebook.
+def test_notebook_runs(script, users_environment):
+    # In its own process: what Jupyter's client warns of is no error of the notebook. It computes
+    # more than it compiles, so it is compiled as it is for a user.
     notebook = str(script.with_suffix(".ipynb"))
     command = [sys.executable, "-m", "pytest", "--nbmake", "--nbmake-timeout=1800", "-q"]
     alone = ["-c", "/dev/null", "--rootdir", str(NOTEBOOKS), "-p", "no:cacheprovider"]
-    run = subprocess.run([*command, *alone, notebook], capture_output=True, text=True)
+    run = subprocess.run(
+        [*command, *alone, notebook], env=users_environment, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 

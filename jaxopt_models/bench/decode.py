@@ -55,7 +55,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 }
 _BY_TOKEN = ("fp8", "int8")  # inputs are quantized as well, to dynamic scales
 _DTYPE = jnp.bfloat16
-_FEW = 8  # steps of the shorter loop
+FEW = 8  # steps of the shorter loop
 
 
 def bench_decode(
@@ -95,7 +95,7 @@ def bench_decode(
         written.
     """
     check_names(model=[model], format=formats, head=[head], cache=[kv_format])
-    _check_steps(context, steps)
+    check_steps(context, steps)
     config = replace(ModelConfig.from_hf(MODELS[model]), dtype=_DTYPE.dtype.name)
     file, bandwidth = out and device_file(out, "decode"), read_bandwidth()
     packages = ("jaxopt-models", "jax", "jaxlib")
@@ -111,7 +111,7 @@ def bench_decode(
     for format in progress(formats, "formats"):
         params = random_params(config, format, head, kv_format)
         for batch in batches:
-            seconds = decode_seconds(config, params, batch, context, (_FEW, steps))
+            seconds = decode_seconds(config, params, batch, context, (FEW, steps))
             baseline |= {batch: seconds} if format == "bf16" else {}
             read = bytes_per_step(config, params, batch, context)
             result["rows"].append(
@@ -181,9 +181,10 @@ def check_names(**chosen: Sequence[str]) -> None:
                 raise UserError(f"{kind} {name!r} is unknown; choose {', '.join(known[kind])}")
 
 
-def _check_steps(context: int, steps: int) -> None:
-    if not _FEW < steps <= context:
+def check_steps(context: int, steps: int) -> None:
+    """Raises UserError for a longer loop that is none, or that the context does not hold."""
+    if not FEW < steps <= context:
         raise UserError(
             f"{steps} steps at the end of a context of {context} cannot be timed; choose more than "
-            f"{_FEW} and at most the context"
+            f"{FEW} and at most the context"
         )

@@ -2,7 +2,7 @@
 
     model: smollm2-135m
     recipe: nvfp4               # qat, qad: what it is quantized to, a preset or a file
-    student: pruned/            # distill: who learns from the model
+    student: pruned/            # distill: who learns from the model; qad: if not the model itself
     head: {vocabulary: 16384}   # draft: what guesses for the model
     text: builtin               # or a file, or hf:NAME
     packing: stream             # or documents, of which each attends to itself only
@@ -169,8 +169,8 @@ class RunSettings(Strict):
                 raise UserError("distill trains an unquantized student; for a 'recipe' choose qad")
         elif self.recipe is None:
             raise UserError(f"{technique} needs a 'recipe', what the model is quantized to")
-        elif self.student is not None:
-            raise UserError(f"{technique} trains the model itself; a 'student' goes with distill")
+        elif self.student is not None and technique == "qat":
+            raise UserError("qat has no teacher to name a 'student' beside; it is the model itself")
         if technique == "qad" and not any(t.loss.needs_teacher for t in self.terms(technique)):
             raise UserError("none of the losses reads the teacher; choose qat, or another loss")
         for name in ("scales", "gradient", "begin") if self.adapters is not None else ():

@@ -27,11 +27,11 @@ def student_of(
     technique: Technique, settings: RunSettings, teacher: Model, progress: Progress = silent
 ) -> Model:
     """The model to train, what is trained of it in float32, with a projection if losses need it."""
-    student = _learner(settings, teacher) if technique == "distill" else teacher
+    student = teacher if settings.student is None else _learner(settings.student, teacher)
     if settings.adapters is not None:  # mistakes are to be known before quantizing, which is long
         jax.eval_shape(partial(_adapted, settings.adapters), student.params)
     if technique != "distill":
-        student = replace(student, params=_quantized(settings, teacher, progress))
+        student = replace(student, params=_quantized(settings, student, progress))
     params = student.params
     if settings.adapters is not None:
         params = _adapted(settings.adapters, params, settings.seed)
@@ -63,29 +63,28 @@ def _adapted(chosen: Adapters, params: Any, seed: int = 0) -> Any:
     return params
 
 
-def _learner(settings: RunSettings, teacher: Model) -> Model:
-    assert settings.student is not None  # `check`
-    student = load(settings.student)
+def _learner(name: str, teacher: Model) -> Model:
+    student = load(name)
     if student.config.vocab_size != teacher.config.vocab_size:
         raise UserError(
-            f"{settings.student} has {student.config.vocab_size} tokens in its vocabulary and "
-            f"{settings.model} {teacher.config.vocab_size}; they have to share a tokenizer"
+            f"{name} has {student.config.vocab_size} tokens in its vocabulary and "
+            f"{teacher.source} {teacher.config.vocab_size}; they have to share a tokenizer"
         )
     return student
 
 
-def _quantized(settings: RunSettings, teacher: Model, progress: Progress) -> Any:
+def _quantized(settings: RunSettings, student: Model, progress: Progress) -> Any:
     """Parameters under the recipe: codes for adapters to learn beside, else fake-quantized."""
     assert settings.recipe is not None  # `check`
     recipe, known = Recipe.load(settings.recipe), settings.calibration
     batches = None
     if recipe.needs_text:
         text = data.load_text(known.text, "calibration")
-        batches = data.token_batches(teacher, text, known.windows, known.length, settings.batch)
-    quantized, _ = quantize(teacher, recipe, batches, progress)
+        batches = data.token_batches(student, text, known.windows, known.length, settings.batch)
+    quantized, _ = quantize(student, recipe, batches, progress)
     if settings.adapters is not None:
         return quantized
-    masters = teacher.params if settings.begin == "original" else None
+    masters = student.params if settings.begin == "original" else None
     return fake_quantized(masters, quantized, settings.scales, settings.gradient)
 
 

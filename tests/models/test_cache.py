@@ -32,7 +32,7 @@ _SIZES = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -41,7 +41,9 @@ LLAMA = ModelConfig.from_hf({"model_type": "llama"} | _SIZES)
 # Sliding windows, norms of queries and keys, and a soft cap, under which a bias does not cancel.
 GEMMA = dataclasses.replace(
     ModelConfig.from_hf(
-        {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2} | _SIZES
+        {"model_type": "gemma3_text", "sliding_window": 6, "sliding_window_pattern": 2}
+        | _SIZES
+        | {"num_hidden_layers": 2}
     ),
     attention_softcap=2.0,
 )
@@ -329,7 +331,7 @@ def test_devices_change_nothing():
 def test_a_directory_for_other_programs_has_no_place_for_it(tmp_path):
     model = Model(LLAMA, init(LLAMA, jax.random.key(0), jnp.bfloat16))
     q = quantized(LLAMA, "fp8 affine")["layers"][0]["self_attn"]["kv_cache"]
-    export_hf(tmp_path / "with", model, kv.with_kv_cache(model.params, [q, q]))
+    export_hf(tmp_path / "with", model, kv.with_kv_cache(model.params, [q]))
     export_hf(tmp_path / "without", model)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert files[0] == files[1]

@@ -13,6 +13,7 @@ import yaml
 import jaxopt_models as jom
 from jaxopt_models import cli, data, tree
 from jaxopt_models.errors import UserError
+from jaxopt_models.evaluate import reference
 from jaxopt_models.models.config import ModelConfig
 from jaxopt_models.qtensor import DenseTensor, QTensor
 from jaxopt_models.quantize.ptq import quantize
@@ -194,6 +195,23 @@ def test_a_student_learns_from_the_model(models, tmp_path):
     assert not any(isinstance(x, QTensor) for _, x in tree.leaves_with_paths(result.model.params))
 
 
+def test_a_student_is_quantized_and_learns_from_the_model(models, tmp_path):
+    """Training begins with the student's own codes, and what is measured is beside the model."""
+    student, original = jom.load(models / "one"), jom.load(models / "two")
+    settings = _settings(models, student=str(models / "one"), recipe="nvfp4_weight_only")
+    still = {"optimizer": Optimizer(learning_rate=1e-30), "steps": 1, "scales": "static"}
+    params = train("qad", settings.model_copy(update=still), tmp_path / "still").model.params
+    expected = quantize(student, Recipe.load("nvfp4_weight_only"))[0]
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
+    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    result = train("qad", settings, tmp_path / "out")
+    assert result.log[0]["forward_kl"] > result.log[-2]["forward_kl"] > 0
+    batches = data.token_batches(original, data.load_text("builtin", "evaluation"), 4, 16, 4)
+    loaded, teacher = jom.load(tmp_path / "out" / "model"), (original.config, original.params)
+    found = jom.evaluate(loaded.config, loaded.params, batches, reference(*teacher, batches))
+    assert loaded.config.num_layers == 1 and result.log[-1]["kl"] == found.kl
+
+
 def test_hidden_states_of_a_narrower_student(models, tmp_path):
     """The projection is trained and goes on from a checkpoint, but is no part of the model."""
     losses = [
@@ -264,7 +282,7 @@ def test_the_command_trains_and_resumes(models, tmp_path, monkeypatch, capsys):
     ("technique", "more", "message"),
     [
         ("qad", {}, "qad needs a 'recipe', what the model is quantized to"),
-        ("qat", {"recipe": "fp8", "student": "x"}, "a 'student' goes with distill"),
+        ("qat", {"recipe": "fp8", "student": "x"}, "qat has no teacher to name a 'student'"),
         ("distill", {}, "distill needs a 'student'"),
         ("distill", {"student": "x", "recipe": "fp8"}, "for a 'recipe' choose qad"),
         ("qad", {"recipe": "fp8", "losses": [{"kind": "cross_entropy"}]}, "none of the losses"),
