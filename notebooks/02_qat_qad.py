@@ -23,7 +23,7 @@
 # 4. the same as one call, killed on the way and resumed.
 #
 # The model has 0.3 million parameters and knows the documentation of Python a little. It is there
-# so that all of this takes a minute or so on two CPU cores, and so that the curves can be run
+# so that all of this takes two or three minutes on two CPU cores, and so that the curves can be run
 # again by everybody. It is **not** evidence of what QAD does for a real model, which is larger and
 # has learnt from far more text: such figures come from `jaxopt-models bench qad` on a GPU.
 

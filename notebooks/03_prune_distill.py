@@ -25,9 +25,9 @@
 # 5. zeros in the matrices that are left, by three rules;
 # 6. the same as commands.
 #
-# The model has 0.46 million parameters and is made here, so that all of this takes a minute or two
-# on two CPU cores. It is **not** evidence of what pruning costs a real model: such figures come
-# from `jaxopt-models prune` and `jaxopt-models train distill` on yours.
+# The model has 0.46 million parameters and is made here, so that all of this takes about three
+# minutes on two CPU cores. It is **not** evidence of what pruning costs a real model: such figures
+# come from `jaxopt-models prune` and `jaxopt-models train distill` on yours.
 
 # %%
 import tempfile

@@ -23,9 +23,9 @@
 # 3. guesses in a chain and in a tree, and what they are worth;
 # 4. the same as commands, and as files that other engines load.
 #
-# The model has 0.3 million parameters and is made here, so that all of this takes a minute or two
-# on two CPU cores. What is counted is tokens a pass, which does not depend on the machine. What a
-# pass costs does: such figures come from `jaxopt-models bench speculative` where you serve.
+# The model has 0.3 million parameters and is made here, so that all of this takes about three
+# minutes on two CPU cores. What is counted is tokens a pass, which does not depend on the machine.
+# What a pass costs does: such figures come from `jaxopt-models bench speculative` where you serve.
 
 # %%
 import tempfile
