@@ -26,8 +26,12 @@ from jaxopt_models.cli_options import (
 from jaxopt_models.errors import UserError
 
 _RUNS = Path(__file__).parent / "configs" / "runs"
-_FILES = {"plan": "prune_depth", "distill": "distill", "qad": "qad_nvfp4"}  # of compression
 _PLANS = {name: str(_RUNS / f"prune_{name}.yaml") for name in ("depth", "width")}
+_STEPS = {
+    "plan": _RUNS / "prune_depth.yaml",
+    "distill": _RUNS / "distill.yaml",
+    "qad": _RUNS / "qad_nvfp4.yaml",
+}
 
 
 def bench_pruning(
@@ -123,7 +127,7 @@ def bench_compression(
 
     files = {"plan": plan, "distill": distill, "qad": qad}
     own = _by_file(overrides)
-    chosen = {name: file or _RUNS / f"{_FILES[name]}.yaml" for name, file in files.items()}
+    chosen = {name: file or _STEPS[name] for name, file in files.items()}
     result = compression.bench_compression(
         PruneSettings.load(chosen["plan"], own["plan"]),
         RunSettings.load(chosen["distill"], own["distill"]),
@@ -145,7 +149,7 @@ def _by_file(overrides: list[str] | None) -> dict[str, list[str]]:
     Raises:
       UserError: for one of none of them.
     """
-    found: dict[str, list[str]] = {name: [] for name in _FILES}
+    found: dict[str, list[str]] = {name: [] for name in _STEPS}
     for assignment in overrides or ():
         name, _, rest = assignment.partition(".")
         if name not in found:

@@ -24,7 +24,7 @@ from typing import Any
 from jaxopt_models.bench.compression_results import row_line
 from jaxopt_models.bench.decode import FEW, check_steps
 from jaxopt_models.bench.result_rows import ResultRows
-from jaxopt_models.bench.trained import exact_measurement, source_name, training_protocol
+from jaxopt_models.bench.trained import exact_measurement, told_by_name, training_protocol
 from jaxopt_models.checkpoint.load import load
 from jaxopt_models.checkpoint.native import read_metadata
 from jaxopt_models.decode_time import decode_seconds
@@ -86,10 +86,15 @@ def bench_compression(
     """
     _check(distill, qad, context, steps)
     original = load(distill.model)
-    results = ResultRows(out, _protocol(plan, distill, qad, original), ("number",))
+    decoding = {"batch": batch, "context": context, "steps": steps}
+    protocol = _protocol(plan, distill, qad, original) | {"decoding": decoding}
+    results = ResultRows(out, protocol, ("number",))
     missing = [number for number in range(len(STAGES)) if not results.has(number)]
+    if not missing:
+        return results.document()
+    measure = exact_measurement(original, qad)
     stages = _stages(original, plan, distill, qad, Path(folder).expanduser(), progress)
-    for number in range(max(missing, default=-1) + 1):
+    for number in range(missing[-1] + 1):
         begun = time.perf_counter()
         stage, model = next(stages)
         minutes = (time.perf_counter() - begun) / 60
@@ -98,7 +103,7 @@ def bench_compression(
         row: dict[str, Any] = {"number": number, "stage": stage, "minutes": minutes}
         row |= {"params": cost_of(model.params, "parameters"), "bytes": _size(model)}
         row |= {"share": row["bytes"] / _size(original)}
-        row |= exact_measurement(model.config, original, qad)(model.params)
+        row |= measure(model.config, model.params)
         seconds = _decoding(model, batch, context, (FEW, steps))
         row |= {"batch": batch, "context": context}
         row |= {"ms_per_step": seconds * 1e3, "tokens_per_s": batch / seconds}
@@ -121,9 +126,7 @@ def _stages(
     taught = distill.model_copy(update={"student": str(folder / "pruned")})
     yield "distilled", _trained("distill", taught, folder / "distilled", progress)
     under = qad.model_copy(update={"student": str(folder / "distilled" / "model")})
-    student = student_of("qad", under, original, progress)
-    yield "quantized", replace(student, params=finished(student.params, original.params, under))
-    del student
+    yield "quantized", _quantized(original, under, progress)
     yield "qad", _trained("qad", under, folder / "qad", progress)
 
 
@@ -138,6 +141,12 @@ def _pruned(original: Model, plan: PruneSettings, out: Path, progress: Progress)
             "folder"
         )
     return load(out)
+
+
+def _quantized(original: Model, under: RunSettings, progress: Progress) -> Model:
+    """The student as QAD begins with it."""
+    student = student_of("qad", under, original, progress)
+    return replace(student, params=finished(student.params, original.params, under))
 
 
 def _trained(technique: Technique, settings: RunSettings, out: Path, progress: Progress) -> Model:
@@ -174,13 +183,11 @@ def _check(distill: RunSettings, qad: RunSettings, context: int, steps: int) -> 
 def _protocol(
     plan: PruneSettings, distill: RunSettings, qad: RunSettings, original: Model
 ) -> dict[str, Any]:
-    told = plan.model_dump(mode="json")
-    for source in (told, told["evaluation"]):
-        source["text"] = source_name(source["text"])
     runs = {"distill": distill, "qad": qad}
     protocols = {
         name: training_protocol(settings, training_rows(original, settings))
         | {"seed": settings.seed}
         for name, settings in runs.items()
     }
+    told = told_by_name(plan.model_dump(mode="json"))
     return protocols | {"plan": told, "recipe": qad.recipe}

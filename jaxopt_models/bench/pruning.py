@@ -9,6 +9,7 @@ matrix products included, on windows of another text, as `evaluate` does.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxopt_models.bench.pruning_results import row_line
 from jaxopt_models.bench.result_rows import ResultRows
 from jaxopt_models.bench.trained import (
     exact_measurement,
-    source_name,
+    told_by_name,
     trained,
     training_protocol,
 )
@@ -86,8 +87,7 @@ def bench_pruning(
     teacher = load(settings.model)
     rows = training_rows(teacher, settings)
     results = ResultRows(out, _protocol(settings, plans, rows), _KEYS)
-    ppl = exact_measurement(teacher.config, teacher, settings)(teacher.params)["perplexity"]
-    bench = _Bench(settings, teacher, ppl, rows, progress)
+    bench = _Bench(settings, teacher, rows, exact_measurement(teacher, settings), progress)
     start, last = time.perf_counter(), 0.0
     for name, plan in plans.items():
         for seed in seeds:
@@ -110,10 +110,14 @@ class _Bench:
 
     settings: RunSettings
     teacher: Model
-    ppl_teacher: float
     rows: Mapping[str, np.ndarray]
+    measure: Callable[[ModelConfig, Any], Mapping[str, float]]
     progress: Progress
     steps: dict[ModelConfig, Step] = field(default_factory=dict)
+
+    @cached_property
+    def ppl_teacher(self) -> float:
+        return self.measure(self.teacher.config, self.teacher.params)["perplexity"]
 
     def rows_of(self, name: str, plan: PruneSettings, seed: int) -> Iterator[dict[str, Any]]:
         """The row of the uniform candidate, then that of the search, which is the last: with it
@@ -160,7 +164,7 @@ class _Bench:
         if student.config not in self.steps:
             own = self.teacher.config, student.config
             self.steps[student.config] = make_step(settings, terms, *own)
-        measure = exact_measurement(student.config, self.teacher, settings)
+        measure = partial(self.measure, student.config)
         before = measure(student.params)
         begun = time.perf_counter()
         run = trained(
@@ -221,8 +225,7 @@ def _protocol(
     settings: RunSettings, plans: Mapping[str, PruneSettings], rows: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     told = {
-        name: plan.model_dump(mode="json", exclude={"seed", "evaluation"})
-        | {"text": source_name(plan.text)}
+        name: told_by_name(plan.model_dump(mode="json", exclude={"seed", "evaluation"}))
         for name, plan in plans.items()
     }
     return training_protocol(settings, rows) | {"plans": told}

@@ -11,6 +11,7 @@ another text, as `evaluate` does.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,7 +92,7 @@ def bench_qad(
         name: [seed for seed in seeds if not results.has(plan.name, seed)]
         for name, plan in zip(recipes, plans, strict=True)
     }
-    measure = exact_measurement(teacher.config, teacher, settings)
+    measure = partial(exact_measurement(teacher, settings), teacher.config)
     bench = _Bench(settings, rates, begins, teacher, rows, measure, progress)
     start = time.perf_counter()
     for row in bench.rows_of({name: left for name, left in missing.items() if left}):

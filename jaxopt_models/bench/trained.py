@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,36 +71,46 @@ def trained(
     }
 
 
-def exact_measurement(config: ModelConfig, teacher: Model, settings: RunSettings) -> Evaluate:
+def exact_measurement(
+    teacher: Model, settings: RunSettings
+) -> Callable[[ModelConfig, Any], Mapping[str, float]]:
     """`model_job.measurement` with float32 products, which a GPU rounds to TF32 otherwise."""
     with jax.default_matmul_precision("highest"):
-        measure = measurement(config, teacher, settings)
+        measure = measurement(teacher, settings)
 
-    def exactly(params: Any) -> Mapping[str, float]:
+    def exactly(config: ModelConfig, params: Any) -> Mapping[str, float]:
         with jax.default_matmul_precision("highest"):
-            return measure(params)
+            return measure(config, params)
 
     return exactly
 
 
 def training_protocol(settings: RunSettings, rows: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What figures of runs depend on. Files are told by name and content, since their place may
-    change."""
-    told = settings.model_dump(mode="json", exclude=_UNTOLD)
-    for source in (told, told["evaluation"], told["calibration"]):
-        source["text"] = source_name(source["text"])
+    """What figures of runs depend on."""
     learnt = hashlib.sha256()
     for name in sorted(rows):
         learnt.update(np.ascontiguousarray(rows[name]).tobytes())
     return {
-        "model": source_name(settings.model),
+        "model": _name(settings.model),
         "rows_of_text": len(rows["tokens"]),
         "sha256_of_rows": learnt.hexdigest(),
         "sha256_of_evaluation": checksum(settings.evaluation.text, "evaluation"),
-        "settings": told,
+        "settings": told_by_name(settings.model_dump(mode="json", exclude=_UNTOLD)),
     }
 
 
-def source_name(source: str) -> str:
+def told_by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON whose texts, wherever they stand, are named without their place, which may
+    change."""
+
+    def told(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return told_by_name(value)
+        return _name(value) if key == "text" else value
+
+    return {key: told(key, value) for key, value in settings.items()}
+
+
+def _name(source: str) -> str:
     """Of a file or directory the name without its place; of anything else all of it."""
     return Path(source).name if Path(source).exists() else source

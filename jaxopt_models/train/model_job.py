@@ -57,7 +57,7 @@ def model_job(
         state,
         step,
         context,
-        measure=measurement(student.config, teacher, settings, mesh),
+        measure=partial(measurement(teacher, settings, mesh), student.config),
         best="kl",
         finish=finish,
         save=write,
@@ -123,14 +123,14 @@ def _least_seconds(
 
 
 def measurement(
-    config: ModelConfig, teacher: Model, settings: RunSettings, mesh: Mesh | None = None
-) -> Callable[[Any], dict[str, float]]:
-    """Parameters -> what they would be worth if the run ended: perplexity and divergence from the
-    teacher, on text that is not trained on."""
+    teacher: Model, settings: RunSettings, mesh: Mesh | None = None
+) -> Callable[[ModelConfig, Any], dict[str, float]]:
+    """(config, parameters) -> what they would be worth if the run ended: perplexity and divergence
+    from the teacher, which runs once, on text that is not trained on."""
     batches = evaluation_batches(teacher, settings, mesh)
     original = reference(teacher.config, teacher.params, batches)
 
-    def measure(params: Any) -> dict[str, float]:
+    def measure(config: ModelConfig, params: Any) -> dict[str, float]:
         found = evaluate(config, finished(params, teacher.params, settings), batches, original)
         assert found.kl is not None and found.top1_agreement is not None
         return {

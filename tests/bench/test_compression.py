@@ -138,11 +138,15 @@ def test_the_command(folder, measured, run, tmp_path):
     for name, file in told.items():
         file.write_text(json.dumps(files(folder)[name]))  # which is YAML
     command = ["bench", "compression", "--out", folder / "run", "--json", folder / "rows.json"]
+    command += ["--steps", DECODING["steps"]]
     for name, file in told.items():
         command += [f"--{name}", file]
-    code, out, _ = run(*command, "--set", "distill.seed=0")
+    known = [*command, "--context", DECODING["context"]]
+    code, out, _ = run(*known, "--set", "distill.seed=0")
     assert code == 0 and "distilled" in out
-    code, _, error = run(*command, "--set", "qad.seed=1")
+    code, _, error = run(*known, "--set", "qad.seed=1")
     assert code == 2 and "rows with another qad" in error
+    code, _, error = run(*command, "--context", "17")
+    assert code == 2 and "rows with another decoding" in error
     code, _, error = run(*command, "--set", "seed=1")
     assert code == 2 and "is of none of plan, distill, qad" in error

@@ -67,6 +67,11 @@ def _settings(models, **more):
     return RunSettings.model_validate(SMALL | {"model": str(models / "two")} | more)
 
 
+def assert_same_bits(found, expected):
+    for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 def test_qad_ends_with_the_model_that_was_measured(models, tmp_path):
     settings = _settings(models, recipe="nvfp4_weight_only", dtype="bfloat16", parts=2)
     result = train("qad", settings, tmp_path / "out")
@@ -163,8 +168,7 @@ def test_adapters_are_gone_on_with(models, tmp_path):
     shutil.rmtree(tmp_path / "parts" / "states" / "6")
     shutil.copytree(tmp_path / "parts", tmp_path / "moved")
     resumed = train("qat", settings, tmp_path / "parts", resume=True)
-    pairs = zip(*(jax.tree.leaves(r.model.params) for r in (whole, resumed)), strict=True)
-    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert_same_bits(resumed.model.params, whole.model.params)
     elsewhere = settings.model_copy(update={"mesh": {"data": 2, "fsdp": 2}})
     moved = train("qat", elsewhere, tmp_path / "moved", resume=True).log[-1]["perplexity"]
     assert moved == pytest.approx(whole.log[-1]["perplexity"], rel=1e-3)
@@ -202,8 +206,7 @@ def test_a_student_is_quantized_and_learns_from_the_model(models, tmp_path):
     still = {"optimizer": Optimizer(learning_rate=1e-30), "steps": 1, "scales": "static"}
     params = train("qad", settings.model_copy(update=still), tmp_path / "still").model.params
     expected = quantize(student, Recipe.load("nvfp4_weight_only"))[0]
-    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True)
-    assert all(a.tobytes() == b.tobytes() for a, b in pairs)
+    assert_same_bits(params, expected)
     result = train("qad", settings, tmp_path / "out")
     assert result.log[0]["forward_kl"] > result.log[-2]["forward_kl"] > 0
     batches = data.token_batches(original, data.load_text("builtin", "evaluation"), 4, 16, 4)
@@ -233,8 +236,7 @@ def test_hidden_states_of_a_narrower_student(models, tmp_path):
     again = train("distill", settings, parts, resume=True)
     assert [line.get("loss") for line in again.log] == [line.get("loss") for line in result.log]
     models_made = [jom.load(out / "model") for out in (whole, parts)]
-    for a, b in zip(*(jax.tree.leaves(model.params) for model in models_made), strict=True):
-        assert a.tobytes() == b.tobytes()
+    assert_same_bits(*(model.params for model in models_made))
     assert models_made[0].params.keys() == jom.load(models / "narrow").params.keys()
     assert models_made[0].config.hidden_size == 16
     with pytest.raises(UserError, match="names layer 2 of the teacher, which has 0 to 1"):
